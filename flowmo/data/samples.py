@@ -1,7 +1,8 @@
 """Real photographs without a download, and a sampler that cuts training crops from them in memory.
 
-The photographs are files inside the scikit-image and scikit-learn packages; they are read directly, so neither package
-is imported and nothing is fetched. A dozen pictures are enough to see the tokenizer learn, and no quality benchmark.
+The photographs are files inside the scikit-image and scikit-learn packages; they are read directly, so
+neither package is imported and nothing is fetched. A dozen pictures are enough to see the tokenizer learn,
+and no quality benchmark.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def train_photographs() -> OrderedDict[str, Image.Image]:
 def heldout_photographs() -> OrderedDict[str, Image.Image]:
     """The four photographs never trained on, name -> PIL RGB, always in the same order.
 
-    stereo_motorcycle_right shows the scene of a training picture from a second camera; the others are new scenes.
+    stereo_motorcycle_right shows the scene of a training picture from a second camera; the others are new.
     Raises SamplePhotographsMissing when scikit-image or scikit-learn is absent.
     """
     return OrderedDict((name, _photograph(name, *where)) for name, where in _HELDOUT.items())
@@ -64,8 +65,9 @@ def _photograph(name: str, package: str, inside: str) -> Image.Image:
     path = _package_folder(package) / inside
     if not path.is_file():
         raise SamplePhotographsMissing(
-            f"the sample photograph {name!r} is not in the installed {_PACKAGE_NAMES[package]} (looked for {path}). "
-            f"Reinstall it from its wheel (pip install 'flowmo[quickstart]'), or train on a folder of your own"
+            f"the sample photograph {name!r} is not in the installed {_PACKAGE_NAMES[package]} "
+            f"(looked for {path}). Reinstall that package from its wheel (it belongs to the `quickstart` "
+            "extra), or train on a folder of your own pictures"
         )
     return load_image(path)
 
@@ -74,31 +76,32 @@ def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SamplePhotographsMissing(
-            f"the sample photographs come inside the package {_PACKAGE_NAMES[package]}, which is not installed. "
-            "Install the `quickstart` extra (pip install 'flowmo[quickstart]', or -e '.[quickstart]' in a clone), "
+            f"the sample photographs come inside the package {_PACKAGE_NAMES[package]}, which is not "
+            "installed. Install the `quickstart` extra (in a clone: pip install -e '.[quickstart]'), "
             "or train on a folder of your own pictures"
         )
-    return Path(list(spec.submodule_search_locations)[0])
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 class CropSampler:
     """Endless batches of random crops from a few photographs held in memory.
 
-    Each picture is resized beforehand so that its shorter side has each of the lengths in `scales`. A crop is drawn as
-    picture first, then scale, then position, each uniformly: large pictures do not dominate. Every batch has its own
-    random generator made from (seed, position), so that restoring the position repeats the batches exactly.
+    Each picture is resized beforehand so that its shorter side has each of the lengths in `scales`. A crop is
+    drawn as picture first, then scale, then position, each uniformly: large pictures do not dominate. Every
+    batch has its own random generator made from (seed, position), so that restoring the position repeats the
+    batches exactly.
 
     Args:
         images: the pictures, PIL RGB, or a mapping of names to them.
         size: side of the crops in pixels.
         batch: crops a batch.
         seed: non-negative integer.
-        scales: shorter sides in pixels, at least `size` each; by default 1, 2 and 4 times `size` (a picture is
-            never enlarged for a scale unless it would have none otherwise).
+        scales: shorter sides in pixels, at least `size` each; by default 1, 2 and 4 times `size` (a picture
+            is never enlarged for a scale unless it would have none otherwise).
         flip: mirror half of the crops left to right.
-        columns: the part of each picture's width that crops may lie in, as fractions. Training on (0, 0.75) and
-            looking at (0.75, 1) shows crops that no training step has seen. Scales at which a crop does not fit
-            into that part are left out.
+        columns: the part of each picture's width that crops may lie in, as fractions. Training on (0, 0.75)
+            and looking at (0.75, 1) shows crops that no training step has seen. Scales at which a crop does
+            not fit into that part are left out.
         device: where batches are delivered; the bytes travel as uint8.
 
     Yields float32 [batch, 3, size, size] in [-1, 1].
@@ -116,14 +119,14 @@ class CropSampler:
         columns: tuple[float, float] = (0.0, 1.0),
         device: torch.device | str | None = None,
     ) -> None:
-        pictures = (
-            dict(images) if isinstance(images, Mapping) else {str(i): img for i, img in enumerate(images)}
-        )
+        named = images if isinstance(images, Mapping) else {str(i): img for i, img in enumerate(images)}
+        pictures = dict(named)
         if not pictures:
             raise ValueError("CropSampler needs at least one picture")
         if size < 1 or batch < 1 or seed < 0:
             raise ValueError(
-                f"CropSampler expects size >= 1, batch >= 1, seed >= 0; got size={size}, batch={batch}, seed={seed}"
+                "CropSampler expects size >= 1, batch >= 1 and seed >= 0; "
+                f"got size={size}, batch={batch}, seed={seed}"
             )
         if not 0.0 <= columns[0] < columns[1] <= 1.0:
             raise ValueError(f"columns must be two fractions 0 <= left < right <= 1, got {columns}")
@@ -148,8 +151,9 @@ class CropSampler:
                 levels.append(np.ascontiguousarray(pixels[:, :, left:right]))
         if not levels:
             raise ValueError(
-                f"picture {name!r} of {img.width} x {img.height} holds no {self.size} x {self.size} crop between "
-                f"columns {self.columns} at the scales {self.scales}; widen the columns or add a larger scale"
+                f"picture {name!r} of {img.width} x {img.height} holds no {self.size} x {self.size} crop "
+                f"between columns {self.columns} at the scales {self.scales}; widen the columns or add a "
+                "larger scale"
             )
         return levels
 

@@ -1,6 +1,7 @@
 """Pictures in and out: files to PIL, PIL to tensors in [-1, 1], tensors back to PIL and PNG.
 
-Layout: PIL images are 8-bit RGB; tensors are [3, H, W] or [N, 3, H, W], value / 127.5 - 1, unless said otherwise.
+Layout: PIL images are 8-bit RGB; tensors are [3, H, W] or [N, 3, H, W] holding value / 127.5 - 1, unless said
+otherwise.
 """
 
 from __future__ import annotations
@@ -27,22 +28,20 @@ class ImageReadError(ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[ImageReadError], tuple[Path, str]]:
-        return type(self), (
-            self.path,
-            self.reason,
-        )  # two arguments: the default would lose one between processes
+        # pickled between worker processes: the default would call the class with the message alone
+        return type(self), (self.path, self.reason)
 
 
 def load_image(path: PathLike) -> Image.Image:
     """Read a picture file as 8-bit RGB.
 
-    The EXIF orientation is applied, transparency is laid over white, palettes and grey levels are expanded, deep grey
-    levels are scaled to 8 bits with rounding, and of an animation the first frame is taken.
+    The EXIF orientation is applied, transparency is laid over white, palettes and grey levels are expanded,
+    deep grey levels are scaled to 8 bits with rounding, and of an animation the first frame is taken.
 
     Raises:
         FileNotFoundError: no such file.
-        ImageReadError: a folder, not a picture, damaged or cut short, or so many pixels that Pillow suspects a
-            decompression bomb (its own error is the cause of ours).
+        ImageReadError: a folder, not a picture, damaged or cut short, or so many pixels that Pillow suspects
+            a decompression bomb (its own error is the cause of ours).
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such picture file: {os.fspath(path)}")
@@ -53,13 +52,11 @@ def load_image(path: PathLike) -> Image.Image:
             img.load()
             return _to_rgb(ImageOps.exif_transpose(img))
     except Image.DecompressionBombError as error:
-        raise ImageReadError(
-            path, f"{error}; raise PIL.Image.MAX_IMAGE_PIXELS if you trust this file"
-        ) from error
+        reason = f"{error}; raise PIL.Image.MAX_IMAGE_PIXELS if you trust this file"
+        raise ImageReadError(path, reason) from error
     except Image.UnidentifiedImageError as error:
-        raise ImageReadError(
-            path, "Pillow knows no such format, or the file is damaged at its start"
-        ) from error
+        reason = "Pillow knows no such format, or the file is damaged at its start"
+        raise ImageReadError(path, reason) from error
     except Exception as error:  # Pillow's decoders answer damaged files with a dozen kinds of exception
         raise ImageReadError(path, f"{type(error).__name__}: {error}") from error
 
@@ -75,29 +72,28 @@ def _to_rgb(img: Image.Image) -> Image.Image:
 
 
 def _deep_to_uint8(values: np.ndarray, mode: str) -> np.ndarray:
-    """[H, W] of more than 8 bits -> uint8. Integers count as 16 bits (also Pillow's mode I of PNG and PPM)."""
+    """[H, W] of more than 8 bits -> uint8. Integers count as 16 bits, as in Pillow's mode I of PNG files."""
     low, high = float(values.min()), float(values.max())
     if mode == "F":
         if not (low >= 0.0 and high <= 255.0):
-            raise ValueError(
-                f"floating-point picture with values {low:g} to {high:g}; expected 0..1 or 0..255"
-            )
+            raise ValueError(f"floating-point values {low:g} to {high:g}; expected 0..1 or 0..255")
         return np.rint(values * (255.0 if high <= 1.0 else 1.0)).astype(np.uint8)
     if low < 0 or high > 65535:
-        raise ValueError(f"integer picture with values {low:g} to {high:g}; expected 0..65535")
+        raise ValueError(f"integer values {low:g} to {high:g}; expected 0..65535")
     return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def resize_shorter(img: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter side is `size` pixels: bilinear, antialiased as Pillow does; the longer side rounds
-    down, as is customary. An image of that size already is returned as it is."""
+    """Scale so that the shorter side is `size` pixels: bilinear, antialiased as Pillow does.
+
+    The longer side rounds down, as is customary. An image of that size already is returned as it is.
+    """
     width, height = img.size
     short = min(width, height)
     if short == size:
         return img
-    return img.resize(
-        (max(size, size * width // short), max(size, size * height // short)), Image.Resampling.BILINEAR
-    )
+    target = (size * width // short, size * height // short)
+    return img.resize(target, Image.Resampling.BILINEAR)
 
 
 def random_crop(img: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
@@ -118,12 +114,13 @@ def center_crop(img: Image.Image, size: int) -> Image.Image:
 def _check_crop(img: Image.Image, size: int) -> None:
     if not 1 <= size <= min(img.size):
         raise ValueError(
-            f"cannot cut a {size} x {size} crop from a picture of {img.width} x {img.height}; resize_shorter it first"
+            f"cannot cut a {size} x {size} crop from a picture of {img.width} x {img.height}; "
+            "resize it first (resize_shorter)"
         )
 
 
 def to_tensor(img: Image.Image | np.ndarray) -> Tensor:
-    """8-bit RGB picture (PIL, or uint8 [..., H, W, 3]) -> float32 [..., 3, H, W] in [-1, 1], value / 127.5 - 1."""
+    """8-bit picture (PIL, or uint8 [..., H, W, 3]) -> float32 [..., 3, H, W], value / 127.5 - 1."""
     if isinstance(img, Image.Image):
         img = np.asarray(img.convert("RGB"))
     if img.dtype != np.uint8 or img.ndim < 3 or img.shape[-1] != 3:
@@ -209,7 +206,7 @@ def _anchor(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str | None:
 
 
 def save_png(image: Image.Image | Tensor, path: PathLike) -> Path:
-    """Write a PIL image or one picture [3, H, W] as PNG, making the folder; a reader never sees half a file."""
+    """Write a PIL image or one picture [3, H, W] as PNG, making the folder; nobody ever sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = to_pil(image) if isinstance(image, Tensor) else image
