@@ -7,32 +7,49 @@ from __future__ import annotations
 
 from ._dispatch import KernelUnavailableError, chosen, describe, use
 from .attention import attention_backend, joint_attention, joint_attention_ref
+from .euler_step import euler_step, euler_step_ref
 from .gate_residual import (
     gate_residual,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_ref,
     gate_residual_ref,
 )
+from .lfq import LFQOutput, lfq, lfq_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
 from .norm_modulate import norm_modulate, norm_modulate_ref
+from .optim import adam_hold_ema_, ema_, hold_norms_, weight_norms
+from .pack_tokens import codes_to_tokens, pack_tokens, tokens_to_codes, unpack_tokens
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 
 __all__ = [
     "KernelUnavailableError",
+    "LFQOutput",
+    "adam_hold_ema_",
     "attention_backend",
     "chosen",
+    "codes_to_tokens",
     "describe",
+    "ema_",
+    "euler_step",
+    "euler_step_ref",
     "gate_residual",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_ref",
     "gate_residual_ref",
+    "hold_norms_",
     "joint_attention",
     "joint_attention_ref",
+    "lfq",
+    "lfq_ref",
     "linear_gelu",
     "linear_gelu_ref",
     "norm_modulate",
     "norm_modulate_ref",
+    "pack_tokens",
     "qk_norm_rope",
     "qk_norm_rope_ref",
+    "tokens_to_codes",
+    "unpack_tokens",
     "use",
+    "weight_norms",
 ]
