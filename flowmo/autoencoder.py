@@ -1,0 +1,248 @@
+"""FlowMo: pictures to tokens and back.
+
+Shapes: B images, S image side, T latent tokens, C latent channels, E bits a token, p patch side.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowmo import pretrained
+from flowmo.config import ModelConfig, model_config
+from flowmo.layers import patchify, unpatchify
+from flowmo.quantizer import Quantized, quantize
+from flowmo.sampling import euler_sample
+from flowmo.transformer import MMDiT
+from flowmo_kernels import codes_to_tokens, tokens_to_codes
+
+
+class FlowMo(nn.Module):
+    """The diffusion autoencoder of Sargent et al. 2025.
+
+        model = FlowMo.from_pretrained("flowmo_lo.pth")   # or a folder written by save_pretrained
+        tokens = model.tokenize(images)                   # images [B, 3, 256, 256] in [-1, 1]
+        pictures = model.detokenize(tokens)
+
+    Args:
+        config: sizes, or the name of a preset ("lo", "hi", "small", "continuous", "tiny", "quickstart").
+    """
+
+    def __init__(self, config: ModelConfig | str = "lo") -> None:
+        super().__init__()
+        self.config = c = model_config(config) if isinstance(config, str) else config
+        c.check()
+        shared = {
+            "heads": c.heads,
+            "grid": c.grid,
+            "latent_tokens": c.latent_tokens,
+            "patch_dim": 3 * c.patch**2,
+        }
+        self.encoder = MMDiT(
+            hidden=c.encoder_hidden,
+            depth=c.encoder_depth,
+            latent_channels=c.latent_channels,
+            output="txt",
+            **shared,
+        )
+        self.decoder = MMDiT(
+            hidden=c.decoder_hidden,
+            depth=c.decoder_depth,
+            latent_channels=c.latent_channels + 1,  # and the flag that tells a code from the null condition
+            output="img",
+            **shared,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.img_in.weight.dtype
+
+    # The two transformers as functions, for training and samplers: no checks, gradients flow.
+
+    def latent(
+        self,
+        images: Tensor,  # [B, 3, S, S] in [-1, 1]
+    ) -> Tensor:  # [B, T, C]
+        """Encoder output before quantization (paper, eq. 1); the initial latent is all zeros."""
+        patches = patchify(images, self.config.patch)
+        zeros = patches.new_zeros(patches.shape[0], self.config.latent_tokens, self.config.latent_channels)
+        return self.encoder(patches, zeros)
+
+    def quantize(self, latent: Tensor) -> Quantized:
+        return quantize(latent, self.config)
+
+    def condition(
+        self,
+        codes: Tensor,  # [B, T, C]
+        keep: Tensor | bool = True,  # [B] bool, or one for all
+    ) -> Tensor:  # [B, T, C + 1]
+        """Decoder input: the code and a channel of ones; all zeros (the null condition) where `keep` is False."""
+        condition = torch.cat([codes, torch.ones_like(codes[..., :1])], dim=-1)
+        if isinstance(keep, bool):
+            return condition if keep else torch.zeros_like(condition)
+        return condition * keep[:, None, None].to(condition.dtype)
+
+    def velocity(
+        self,
+        x_t: Tensor,  # [B, (S / p)^2, 3 p^2] noised picture as patch tokens
+        t: Tensor,  # [B]
+        condition: Tensor,  # [B, T, C + 1]
+    ) -> Tensor:  # [B, (S / p)^2, 3 p^2]
+        """Decoder velocity, noise minus data (paper, eq. 3, with the sign of the released checkpoints)."""
+        return self.decoder(x_t, condition, t)
+
+    # The user's calls.
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,  # [B, 3, S, S], float, in [-1, 1]
+    ) -> Tensor:  # [B, T, C]
+        """Codes of pictures: +-1 (fp32, bf16 or fp16 like the weights), or real numbers for continuous models.
+
+        Raises:
+            TypeError, ValueError: images of another dtype, shape, size or range.
+        """
+        self._check_images(images)
+        return self.quantize(self.latent(images.to(self.device, self.dtype))).codes
+
+    def tokenize(
+        self,
+        images: Tensor,  # [B, 3, S, S], float, in [-1, 1]
+    ) -> Tensor:  # [B, T C / E] int64 in [0, 2^E)
+        """Integer tokens of pictures.
+
+        With fh = C / E groups per latent token, token n = t fh + g holds the channels k fh + g of latent token t
+        as its bits k, bit 0 the least significant: token = sum_k 2^k [code > 0].
+
+        Raises:
+            TypeError, ValueError: as :meth:`encode`, or a continuous model, which has no tokens.
+        """
+        self._check_discrete()
+        return codes_to_tokens(self.encode(images), self.config.entropy_bits)
+
+    def detokenize(self, tokens: Tensor, **sampler: Any) -> Tensor:
+        """Pictures [B, 3, S, S] of tokens [B, T C / E]; takes the options of :meth:`decode`.
+
+        Raises:
+            TypeError, ValueError: tokens of another dtype, shape or value, or a continuous model.
+        """
+        self._check_discrete()
+        c = self.config
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex():
+            got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens: expected an integer tensor [B, {c.tokens}], got {got}")
+        if tokens.ndim != 2 or tokens.shape[1] != c.tokens:
+            raise ValueError(f"tokens: expected shape [B, {c.tokens}], got {list(tokens.shape)}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**c.entropy_bits:
+            raise ValueError(
+                f"tokens: expected values in [0, {2**c.entropy_bits}), "
+                f"got {int(tokens.min())} to {int(tokens.max())}; tokens of another model?"
+            )
+        codes = tokens_to_codes(tokens.to(self.device).long(), c.entropy_bits, c.latent_channels)
+        return self.decode(codes, **sampler)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Tensor,  # [B, T, C]
+        steps: int = 25,
+        rho: float = 4.0,
+        guidance: float = 1.5,
+        guidance_interval: tuple[float, float] | None = (0.17, 1.02),
+        noise: Tensor | None = None,  # [B, 3, S, S], standard normal
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # [B, 3, S, S] fp32 in [-1, 1]
+        """Pictures of codes by the guided Euler sampler.
+
+        Args:
+            steps: Euler steps; times are ((n - i) / n)^rho.
+            guidance: weight w of v_null + w (v - v_null); 1 switches guidance off.
+            guidance_interval: EDM noise-to-signal ratios between which guidance acts; None guides every step.
+            noise: the starting noise; drawn from `generator` (or the global state) where None. The same noise, or
+                a generator of the same seed on the same kind of device, gives the same picture.
+
+        Raises:
+            TypeError, ValueError: codes or noise of another dtype or shape, options out of range.
+        """
+        c = self.config
+        if not isinstance(codes, Tensor) or not codes.is_floating_point():
+            got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise TypeError(
+                f"codes: expected a float tensor of encode(), got {got}; for tokens call detokenize()"
+            )
+        if codes.ndim != 3 or codes.shape[1:] != (c.latent_tokens, c.latent_channels):
+            expected = f"[B, {c.latent_tokens}, {c.latent_channels}]"
+            raise ValueError(f"codes: expected shape {expected}, got {list(codes.shape)}")
+        shape = (codes.shape[0], 3, c.image_size, c.image_size)
+        if noise is None:
+            source = generator.device if generator is not None else self.device
+            noise = torch.randn(shape, generator=generator, device=source)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise: expected shape {list(shape)}, got {list(noise.shape)}")
+        if codes.shape[0] == 0:
+            return torch.zeros(shape, device=self.device)
+        codes = codes.to(self.device, self.dtype)
+        conditions = {True: self.condition(codes), False: self.condition(codes, keep=False)}
+
+        def velocity(x: Tensor, t: Tensor, conditional: bool) -> Tensor:
+            return self.velocity(x.to(self.dtype), t, conditions[conditional])
+
+        x = euler_sample(
+            velocity,
+            patchify(noise.to(self.device, torch.float32), c.patch),
+            steps=steps,
+            rho=rho,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+        )
+        return unpatchify(x, c.patch, c.image_size).clamp_(-1, 1)
+
+    def reconstruct(self, images: Tensor, **sampler: Any) -> Tensor:
+        """decode(encode(images)): pictures [B, 3, S, S] in [-1, 1]; takes the options of :meth:`decode`."""
+        return self.decode(self.encode(images), **sampler)
+
+    # Files.
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> FlowMo:
+        """Load a released checkpoint (`.pth`), a folder of :meth:`save_pretrained`, or a training run.
+
+        See :func:`flowmo.pretrained.load` for the options and the errors.
+        """
+        return pretrained.load(cls, path, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, each replaced atomically."""
+        pretrained.save(self, folder)
+
+    # Checks.
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        expected = f"a float tensor [B, 3, {size}, {size}] with values in [-1, 1]"
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected {expected}, got {got}; convert uint8 by x / 127.5 - 1")
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images: expected {expected}, got shape {list(images.shape)}; "
+                f"flowmo.data.resize_shorter and center_crop bring a photograph to {size} x {size}"
+            )
+        if images.numel() and not bool((images.abs() <= 1.001).all()):
+            low, high = float(images.min()), float(images.max())
+            raise ValueError(
+                f"images: expected {expected}, got values from {low:.4g} to {high:.4g}; scale [0, 255] by x / 127.5 - 1, "
+                "[0, 1] by 2 x - 1"
+            )
+
+    def _check_discrete(self) -> None:
+        if self.config.quantizer == "none":
+            raise ValueError("this model is continuous and has no tokens; use encode() and decode()")

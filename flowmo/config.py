@@ -1,0 +1,323 @@
+"""Configuration: typed dataclasses, one table of presets, `key=value` overrides, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and the way out."""
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of a FlowMo model (paper, Table 1 of the supplement).
+
+    Width counts muP units: hidden = 16 * heads * width, so head_dim = 16 * width and, at the published 12 heads,
+    hidden = 192 * width. Image side and patch in pixels; `latent_tokens` x `latent_channels` is the code;
+    `entropy_bits` the bits of one token (one group of channels) of the quantizer.
+    """
+
+    image_size: int = 256
+    patch: int = 4
+    heads: int = 12
+    encoder_width: int = 4
+    decoder_width: int = 6
+    encoder_depth: int = 8
+    decoder_depth: int = 16
+    latent_tokens: int = 256
+    latent_channels: int = 18
+    entropy_bits: int = 9
+    quantizer: str = "lfq"  # lfq | none (continuous: LayerNorm as the encoder's last layer)
+
+    @property
+    def encoder_hidden(self) -> int:
+        return 16 * self.heads * self.encoder_width
+
+    @property
+    def decoder_hidden(self) -> int:
+        return 16 * self.heads * self.decoder_width
+
+    @property
+    def grid(self) -> int:
+        """Image tokens per side."""
+        return self.image_size // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Integer tokens of a picture, each of `entropy_bits` bits."""
+        return self.latent_tokens * self.latent_channels // self.entropy_bits
+
+    @property
+    def bits_per_pixel(self) -> float:
+        return self.latent_tokens * self.latent_channels / self.image_size**2
+
+    def check(self) -> None:
+        """Raises ConfigError where the sizes do not fit together."""
+        for name in ("encoder_width", "decoder_width"):
+            width = getattr(self, name)
+            if width < 2 or width % 2:
+                raise ConfigError(
+                    f"model.{name}={width}: the rotary axes (8, 28, 28) x width / 4 need an even width of at least 2"
+                )
+        if self.image_size % self.patch:
+            raise ConfigError(
+                f"model.image_size={self.image_size} is no multiple of model.patch={self.patch}"
+            )
+        if self.quantizer not in ("lfq", "none"):
+            raise ConfigError(f"model.quantizer={self.quantizer!r}: expected lfq or none")
+        if self.quantizer == "lfq" and self.latent_channels % self.entropy_bits:
+            raise ConfigError(
+                f"model.latent_channels={self.latent_channels} must be a multiple of "
+                f"model.entropy_bits={self.entropy_bits}: every token takes that many channels"
+            )
+        for name in (
+            "heads",
+            "encoder_depth",
+            "decoder_depth",
+            "latent_tokens",
+            "latent_channels",
+            "entropy_bits",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: expected at least 1")
+
+
+@dataclass
+class LossConfig:
+    """L_flow + perceptual L_perc + entropy L_ent + commitment L_commit (paper, eq. 9)."""
+
+    perceptual: str = "lpips"  # lpips | random | none
+    perceptual_weights: str | None = None  # file of the VGG-16 trunk
+    perceptual_heads: str | None = None  # file of the LPIPS linear heads; null: those that torchmetrics ships
+    perceptual_weight: float = 0.1
+    entropy: float = 0.0025
+    commitment: float = 0.000625
+    condition_dropout: float = 0.1
+
+
+@dataclass
+class NoiseConfig:
+    """The law of the noise level t: sigmoid(mean + std * normal), uniform on [0, 1] with probability `tail`."""
+
+    law: str = "thick_logit_normal"  # thick_logit_normal | logit_normal | uniform
+    mean: float = 0.0
+    std: float = 1.0
+    tail: float = 0.1
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    schedule: str = "constant"  # constant | cosine (to zero over trainer.steps or trainer.minutes)
+    warmup: int = 0  # steps
+    hold_norms: str = "matrix"  # matrix | channel | none: keep block weights at the norm of step 0
+    ema_decay: float = 0.9999
+    ema_every: int = 10
+    freeze_encoder_at: int | None = 200_000
+
+
+@dataclass
+class DataConfig:
+    path: str | None = None  # a folder of images, or "samples"
+    batch: int = 128  # images per optimizer step, over all micro-batches
+    workers: int = 8
+
+
+@dataclass
+class SamplerConfig:
+    """The guided Euler sampler (paper, section 3.4 and supplement B)."""
+
+    steps: int = 25
+    rho: float = 4.0
+    guidance: float = 1.5
+    guidance_interval: tuple[float, float] | None = (0.17, 1.02)  # EDM noise-to-signal ratios
+
+
+@dataclass
+class TrainerConfig:
+    steps: int = 1_300_000
+    minutes: float | None = None  # stop, and anneal a cosine schedule, by this much training time as well
+    accumulate: int = 1  # micro-batches per step
+    precision: str = "auto"  # auto | fp32 | bf16
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int | None = None
+    seed: int = 0
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    log_every: int = 50
+    sample_every: int = 5_000
+    sample_images: int = 8
+    save_every: int = 5_000
+    keep: int = 3
+    keep_every: int = 50_000
+
+
+@dataclass
+class Config:
+    preset: str = "lo"
+    run: str = "runs/${preset}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+# What each preset changes of the defaults, which are FlowMo-Lo's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "lo": {},
+    "hi": {
+        "model": {"latent_channels": 56, "entropy_bits": 14},
+        "trainer": {"steps": 800_000},
+    },
+    "small": {
+        "model": {"patch": 8, "decoder_width": 4},
+        "trainer": {"steps": 400_000},
+    },
+    "continuous": {
+        "model": {"patch": 8, "decoder_width": 4, "latent_channels": 16, "quantizer": "none"},
+        "trainer": {"steps": 400_000},
+    },
+    "tiny": {
+        "model": {
+            "image_size": 32,
+            "heads": 2,
+            "encoder_width": 2,
+            "decoder_width": 2,
+            "encoder_depth": 1,
+            "decoder_depth": 2,
+            "latent_tokens": 16,
+        },
+        "loss": {"perceptual": "none"},
+        "optim": {"lr": 2e-3, "ema_decay": 0.99, "freeze_encoder_at": None},
+        "data": {"path": "samples", "batch": 8, "workers": 0},
+        "trainer": {"steps": 300, "sample_every": 100, "save_every": 100, "sample_images": 4},
+    },
+    "quickstart": {
+        "model": {
+            "image_size": 32,
+            "heads": 4,
+            "encoder_width": 2,
+            "decoder_width": 2,
+            "encoder_depth": 2,
+            "decoder_depth": 3,
+            "latent_tokens": 16,
+        },
+        "loss": {"perceptual": "none"},
+        "optim": {
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "warmup": 50,
+            "ema_decay": 0.999,
+            "freeze_encoder_at": None,
+        },
+        "data": {"path": "samples", "batch": 16, "workers": 0},
+        "trainer": {"steps": 4000, "minutes": 4.0, "sample_every": 500, "save_every": 500},
+    },
+}
+
+
+def model_config(preset: str, **overrides: Any) -> ModelConfig:
+    """The model sizes of a preset, with any field replaced.
+
+    Raises:
+        ConfigError: unknown preset or field, or sizes that do not fit together.
+    """
+    return parse([preset, *(f"model.{k}={v}" for k, v in overrides.items())]).model
+
+
+def parse(arguments: list[str]) -> Config:
+    """`[preset] key=value ...` to a checked Config; without a preset, the quickstart.
+
+    Raises:
+        ConfigError: unknown preset, misspelt key (with the nearest right one), or a value of the wrong type.
+    """
+    arguments = list(arguments)
+    preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "quickstart"
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}"
+        )
+    tree = OmegaConf.structured(Config)
+    try:
+        tree = OmegaConf.merge(tree, {"preset": preset, **PRESETS[preset]})
+        for argument in arguments:
+            key, equals, _ = argument.partition("=")
+            if not equals:
+                raise ConfigError(f"{argument!r}: expected key=value, for example trainer.steps=1000")
+            if key not in known_keys():
+                raise ConfigError(f"unknown key {key!r}{_nearest(key, known_keys())}")
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([argument]))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+    config: Config = OmegaConf.to_object(tree)  # type: ignore[assignment]
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where a value is outside what the code knows."""
+    config.model.check()
+    for key, allowed in (
+        ("loss.perceptual", ("lpips", "random", "none")),
+        ("noise.law", ("thick_logit_normal", "logit_normal", "uniform")),
+        ("optim.schedule", ("constant", "cosine")),
+        ("optim.hold_norms", ("matrix", "channel", "none")),
+        ("trainer.precision", ("auto", "fp32", "bf16")),
+    ):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in allowed:
+            raise ConfigError(
+                f"{key}={value!r}: expected one of {', '.join(allowed)}{_nearest(value, allowed)}"
+            )
+    if config.data.batch % config.trainer.accumulate:
+        raise ConfigError(
+            f"data.batch={config.data.batch} is no multiple of trainer.accumulate={config.trainer.accumulate}"
+        )
+    for key in ("data.batch", "trainer.accumulate", "trainer.steps", "trainer.log_every", "sampler.steps"):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) < 1:
+            raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: expected at least 1")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, loadable again by :func:`from_yaml`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def from_yaml(text: str) -> Config:
+    tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    return OmegaConf.to_object(tree)  # type: ignore[return-value]
+
+
+def known_keys(node: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that may stand left of an equals sign."""
+    keys: list[str] = []
+    instance = node() if isinstance(node, type) else node
+    for f in fields(instance):
+        value = getattr(instance, f.name)
+        keys += known_keys(value, f"{prefix}{f.name}.") if is_dataclass(value) else [f"{prefix}{f.name}"]
+    return keys
+
+
+def _nearest(word: str, options: Any) -> str:
+    """', did you mean X?' when something is close; a bare last part (steps=3) finds its full key."""
+    options = list(options)
+    close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
+    if not close:
+        tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}
+        close = [
+            tails[m] for m in difflib.get_close_matches(str(word).rsplit(".", 1)[-1], list(tails), 1, 0.6)
+        ]
+    return f"; did you mean {close[0]}?" if close else ""

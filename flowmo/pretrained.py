@@ -1,0 +1,258 @@
+"""Model files: released checkpoints, and folders of `config.json` + `model.safetensors`.
+
+A FlowMo state dict carries the released key names as it is, so `model.state_dict()` is also what writes them back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowmo.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from flowmo.autoencoder import FlowMo
+
+ENTROPY_BITS = {18: 9, 56: 14}  # of the published latent channel counts
+RAW, EMA = "model_state_dict", "model_ema_state_dict"
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable FlowMo model; the message names the file, what was expected and the way out."""
+
+
+def load(
+    cls: type[FlowMo],
+    path: str | os.PathLike[str],
+    *,
+    ema: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    image_size: int = 256,
+    latent_tokens: int = 256,
+    entropy_bits: int | None = None,
+) -> FlowMo:
+    """Load a model in evaluation mode.
+
+    Args:
+        path: a released checkpoint (`.pth`), a folder with `config.json` and `model.safetensors`, a training run
+            (its `model` folder is taken), or, with the `hub` extra, the name OWNER/NAME of a hub repository.
+        ema: of a released checkpoint, take the averaged weights (as published evaluations do) or the raw ones.
+        dtype: cast the weights; None keeps the file's.
+        image_size, latent_tokens, entropy_bits: what a released checkpoint cannot say. Everything else is read
+            off its shapes; entropy_bits follows from 18 or 56 latent channels.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        CheckpointError: not a FlowMo model, unsafe pickle, or missing, unexpected and wrongly shaped keys.
+    """
+    path = _resolve(path)
+    if path.is_dir():
+        config = read_config(path / "config.json")
+        try:
+            state = load_file(path / "model.safetensors")
+        except (FileNotFoundError, SafetensorError) as error:
+            raise CheckpointError(f"{path / 'model.safetensors'}: {error}; save the model again") from error
+    elif path.suffix == ".safetensors":
+        config, state = _read_safetensors(path)
+    else:
+        state = _read_released(path, ema)
+        config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path))
+    with torch.device("meta"):  # no time spent on initial weights that are replaced at once
+        model = cls(config)
+    check_keys(model.state_dict(), state, str(path))
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(True)
+
+
+def save(model: FlowMo, folder: str | os.PathLike[str]) -> None:
+    """Write `config.json` and `model.safetensors` (which carries the configuration too), each atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(model.config), indent=2) + "\n"
+    state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
+    atomic_write(folder / "model.safetensors", lambda f: save_file(state, f, metadata={"config": text}))
+    atomic_write(folder / "config.json", lambda f: Path(f).write_text(text))
+
+
+def save_released(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    ema: Mapping[str, Tensor] | None = None,
+    steps: int = 0,
+) -> None:
+    """Write a checkpoint in the released layout, for programs that read the authors' files."""
+    content = {"total_steps": steps, RAW: dict(state), EMA: dict(ema if ema is not None else state)}
+    atomic_write(Path(path), lambda f: torch.save(content, f))
+
+
+def infer_config(
+    state: Mapping[str, Tensor],
+    image_size: int = 256,
+    latent_tokens: int = 256,
+    entropy_bits: int | None = None,
+    source: str = "state dict",
+) -> ModelConfig:
+    """Read the sizes of a model off the shapes of its weights.
+
+    Raises:
+        CheckpointError: a key that tells a size is missing, or the entropy bits cannot be known.
+    """
+
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise CheckpointError(
+                f"{source}: no FlowMo checkpoint, it has no {key!r}; its keys start {sorted(state)[:4]}"
+            )
+        return state[key].shape
+
+    def depth(part: str) -> int:
+        numbers = [int(m[1]) for k in state if (m := re.match(rf"{part}\.double_blocks\.(\d+)\.", k))]
+        return 1 + max(numbers, default=-1)
+
+    head_dims = {
+        part: shape(f"{part}.double_blocks.0.img_attn.norm.query_norm.scale")[0]
+        for part in ("encoder", "decoder")
+    }
+    hidden, patch_dim = shape("encoder.img_in.weight")
+    channels = shape("encoder.txt_in.weight")[1]
+    continuous = entropy_bits is None and channels == 16
+    if entropy_bits is None and not continuous and channels not in ENTROPY_BITS:
+        raise CheckpointError(
+            f"{source}: {channels} latent channels do not tell the bits of a token (18 have 9, 56 have 14, "
+            "16 are the continuous model); pass entropy_bits="
+        )
+    return ModelConfig(
+        image_size=image_size,
+        patch=round((patch_dim / 3) ** 0.5),
+        heads=hidden // head_dims["encoder"],
+        encoder_width=head_dims["encoder"] // 16,
+        decoder_width=head_dims["decoder"] // 16,
+        encoder_depth=depth("encoder"),
+        decoder_depth=depth("decoder"),
+        latent_tokens=latent_tokens,
+        latent_channels=channels,
+        entropy_bits=entropy_bits or ENTROPY_BITS.get(channels, 9),
+        quantizer="none" if continuous else "lfq",
+    )
+
+
+def check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError that names every kind of mismatch between a model's keys and a file's."""
+    problems = []
+    for what, keys in (
+        ("missing", expected.keys() - state.keys()),
+        ("unexpected", state.keys() - expected.keys()),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {what}: {_some(sorted(keys))}")
+    wrong = [
+        f"{k} is {list(state[k].shape)}, expected {list(expected[k].shape)}"
+        for k in sorted(expected.keys() & state.keys())
+        if state[k].shape != expected[k].shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of the wrong shape: {_some(wrong)}")
+    if problems:
+        raise CheckpointError(f"{source}: the weights do not fit the model. " + ". ".join(problems))
+
+
+def read_config(path: Path) -> ModelConfig:
+    try:
+        config = ModelConfig(**json.loads(path.read_text()))
+        config.check()
+    except (OSError, json.JSONDecodeError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: no model configuration: {error}") from error
+    return config
+
+
+def atomic_write(path: Path, write: Callable[[str], Any]) -> None:
+    """Have `write` fill a temporary file beside `path`, flush it to the disk, and put it in place in one step."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _resolve(path: str | os.PathLike[str]) -> Path:
+    found = Path(path)
+    if found.is_dir():
+        for folder in (found, found / "model"):
+            if (folder / "config.json").is_file():
+                return folder
+        raise CheckpointError(
+            f"{found}: no config.json here or in its folder 'model'; expected a folder of save_pretrained or a run"
+        )
+    if found.exists():
+        return found
+    if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not found.suffix:
+        try:
+            from huggingface_hub import snapshot_download
+        except ModuleNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; to load it from a hub, install the extra: pip install flowmo[hub]"
+            ) from error
+        return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
+    raise FileNotFoundError(
+        f"{path}: no such file or folder; expected a released .pth file, a model folder or a run"
+    )
+
+
+def _read_released(path: Path, ema: bool) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a checkpoint that can be read safely ({reason}); expected a file of torch.save that holds "
+            "tensors only"
+        ) from error
+    key = EMA if ema else RAW
+    if not isinstance(content, Mapping) or key not in content:
+        found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{path}: expected a released checkpoint with {key!r}, found {found}")
+    return dict(content[key])
+
+
+def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}; expected a safetensors file") from error
+    if "config" not in metadata:
+        raise CheckpointError(
+            f"{path}: no model configuration in its metadata; load its folder, with config.json"
+        )
+    return ModelConfig(**json.loads(metadata["config"])), state
+
+
+def _some(items: list[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,1 @@
+"""Training stages of FlowMo and the loop they share."""
