@@ -1,15 +1,40 @@
 """Modulated LayerNorm: y = (1 + scale) * LN(x) + shift, LN without affine parameters (eps 1e-6).
 
-The adaptive LayerNorm of a diffusion transformer (paper, supplement; formula as in the released implementation).
+The adaptive LayerNorm of a diffusion transformer (supplement of the paper, as in the released code).
+With n = LN(x), r = 1/sqrt(var + eps) and g = (1 + scale) * dy the gradients are
+
+    dx = r (g - mean(g) - n mean(g n)),    dshift = sum over tokens of dy,    dscale = sum over tokens of dy n.
 
 Legend: B images, L tokens (latent rows first), D channels, S streams (1, or 2 = latent and image).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._dispatch import chosen
+from ._library import register, rows_contiguous, wants_grad
+from ._rows import (
+    Signature,
+    load_rows,
+    load_vector,
+    n_tiles,
+    normalise,
+    row_launch,
+    row_mean,
+    row_signatures,
+    store_rows,
+    store_vector,
+    sum_tiles,
+    sum_tiles_signatures,
+    tile_rows,
+    vector_strides,
+)
+from ._triton import cast, cdiv, jit, tl
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -43,11 +68,13 @@ def check_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, s
         raise ValueError(f"shift {tuple(shift.shape)} and scale {tuple(scale.shape)} differ in form")
 
 
-def apply_by_stream(fn, x: Tensor, mods: tuple[Tensor, ...], split: int) -> Tensor:  # type: ignore[no-untyped-def]
+def apply_by_stream(fn: Callable[..., Tensor], x: Tensor, mods: tuple[Tensor, ...], split: int) -> Tensor:
     """fn(rows, *vectors [B, 1, D]) over all rows of x [B, L, D], each stream with its own vectors."""
     if mods[0].dim() == 2:
         return fn(x, *(m[:, None] for m in mods))
-    return torch.cat([fn(x[:, :split], *(m[:, :1] for m in mods)), fn(x[:, split:], *(m[:, 1:] for m in mods))], 1)
+    latent = fn(x[:, :split], *(m[:, :1] for m in mods))
+    image = fn(x[:, split:], *(m[:, 1:] for m in mods))
+    return torch.cat([latent, image], 1)
 
 
 def norm_modulate_ref(
@@ -63,8 +90,204 @@ def norm_modulate_ref(
     dtype = compute_dtype(x)
     n = F.layer_norm(x.to(dtype), (x.shape[-1],), eps=eps)
     if shift is not None and scale is not None:
-        n = apply_by_stream(lambda r, s, g: torch.addcmul(s, r, 1 + g), n, (shift.to(dtype), scale.to(dtype)), split)
+        mods = (shift.to(dtype), scale.to(dtype))
+        n = apply_by_stream(lambda rows, s, g: torch.addcmul(s, rows, 1 + g), n, mods, split)
     return n.to(x.dtype)
+
+
+@jit
+def norm_modulate_kernel(
+    p_x,  # [B, L, D]
+    p_shift,  # [B, S, D]
+    p_scale,  # [B, S, D]
+    p_y,  # [B, L, D] contiguous
+    length,
+    split,
+    stride_xb,
+    stride_xl,
+    stride_hb,
+    stride_hs,
+    stride_cb,
+    stride_cs,
+    eps,
+    D: tl.constexpr,
+    HI: tl.constexpr,
+    LO: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITERS: tl.constexpr,
+    MODULATED: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
+    if MODULATED:
+        b_shift_hi, b_shift_lo = load_vector(p_shift + i_b * stride_hb + stream * stride_hs, D, HI, LO)
+        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
+    for j in range(ITERS):
+        o_row = start + j * ROWS + tl.arange(0, ROWS)
+        m_row = o_row < end
+        b_hi, b_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
+        b_hi, b_lo, _ = normalise(b_hi, b_lo, eps, D, HI, LO)
+        if MODULATED:
+            b_hi = b_hi * (1.0 + b_scale_hi) + b_shift_hi
+            b_lo = b_lo * (1.0 + b_scale_lo) + b_shift_lo
+        dtype: tl.constexpr = p_y.dtype.element_ty
+        store_rows(p_y + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
+
+
+@jit
+def norm_modulate_backward_kernel(
+    p_dy,  # [B, L, D]
+    p_x,  # [B, L, D]
+    p_scale,  # [B, S, D]
+    p_dx,  # [B, L, D] contiguous
+    p_part,  # [B, tiles, 2, D] fp32: partial dshift, dscale
+    length,
+    split,
+    stride_dyb,
+    stride_dyl,
+    stride_xb,
+    stride_xl,
+    stride_cb,
+    stride_cs,
+    eps,
+    D: tl.constexpr,
+    HI: tl.constexpr,
+    LO: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITERS: tl.constexpr,
+    MODULATED: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
+    if MODULATED:
+        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
+        b_dshift_hi = tl.zeros([HI], tl.float32)
+        b_dshift_lo = tl.zeros([LO], tl.float32)
+        b_dscale_hi = tl.zeros([HI], tl.float32)
+        b_dscale_lo = tl.zeros([LO], tl.float32)
+    for j in range(ITERS):
+        o_row = start + j * ROWS + tl.arange(0, ROWS)
+        m_row = o_row < end
+        b_n_hi, b_n_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
+        b_g_hi, b_g_lo = load_rows(p_dy + i_b * stride_dyb, stride_dyl, o_row, m_row, D, HI, LO)
+        b_n_hi, b_n_lo, b_rstd = normalise(b_n_hi, b_n_lo, eps, D, HI, LO)
+        if MODULATED:
+            b_dshift_hi += tl.sum(b_g_hi, 0)
+            b_dshift_lo += tl.sum(b_g_lo, 0)
+            b_dscale_hi += tl.sum(b_g_hi * b_n_hi, 0)
+            b_dscale_lo += tl.sum(b_g_lo * b_n_lo, 0)
+            b_g_hi *= 1.0 + b_scale_hi
+            b_g_lo *= 1.0 + b_scale_lo
+        b_hi, b_lo = normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D)
+        dtype: tl.constexpr = p_dx.dtype.element_ty
+        store_rows(p_dx + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
+    if MODULATED:
+        p_out = p_part + (i_b * tl.num_programs(0) + i) * 2 * D
+        store_vector(p_out, b_dshift_hi, b_dshift_lo, D, HI, LO)
+        store_vector(p_out + D, b_dscale_hi, b_dscale_lo, D, HI, LO)
+
+
+@jit
+def normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D: tl.constexpr):
+    """r (g - mean(g) - n mean(g n)) of both parts; garbage in masked columns."""
+    b_mean = row_mean(b_g_hi, b_g_lo, D)
+    b_dot = row_mean(b_g_hi * b_n_hi, b_g_lo * b_n_lo, D)
+    return b_rstd * (b_g_hi - b_mean - b_n_hi * b_dot), b_rstd * (b_g_lo - b_mean - b_n_lo * b_dot)
+
+
+def _forward(x: Tensor, shift: Tensor | None, scale: Tensor | None, split: int, eps: float, impl: str) -> Tensor:
+    x = rows_contiguous(x)
+    shift = None if shift is None else rows_contiguous(shift)
+    scale = None if scale is None else rows_contiguous(scale)
+    if impl == "cuda":
+        from . import _cuda
+
+        y: Tensor = _cuda.norm_modulate(x, shift, scale, split, eps)
+        return y
+    b, length, d = x.shape
+    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    if y.numel():
+        launch = row_launch(d, b * length, reduces=False)
+        norm_modulate_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
+            x, x if shift is None else shift, x if scale is None else scale, y,
+            length, split, x.stride(0), x.stride(1), *vector_strides(shift), *vector_strides(scale), eps,
+            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters, MODULATED=scale is not None,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+    return y
+
+
+def _forward_fake(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, split: int, eps: float, impl: str
+) -> Tensor:
+    return torch.empty(x.shape, device=x.device, dtype=x.dtype)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, scale: Tensor | None, split: int, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x = rows_contiguous(dy), rows_contiguous(x)
+    scale = None if scale is None else rows_contiguous(scale)
+    if impl == "cuda":
+        from . import _cuda
+
+        grads: tuple[Tensor, Tensor, Tensor] = _cuda.norm_modulate_backward(dy, x, scale, split, eps)
+        return grads
+    b, length, d = x.shape
+    dx, dshift, dscale = _backward_fake(dy, x, scale, split, eps, impl)
+    launch = row_launch(d, b * length, reduces=True)
+    tiles = n_tiles(length, split, launch.rows * launch.iters)
+    partial = torch.empty(b, tiles, 2, d if scale is not None else 0, device=x.device, dtype=torch.float32)
+    if dx.numel():
+        norm_modulate_backward_kernel[(tiles, b)](
+            dy, x, x if scale is None else scale, dx, partial,
+            length, split, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), *vector_strides(scale), eps,
+            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters, MODULATED=scale is not None,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+    if scale is not None:
+        sum_tiles(partial, (dshift, dscale), cdiv(split, launch.rows * launch.iters))
+    return dx, dshift, dscale
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, scale: Tensor | None, split: int, eps: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    shape = (0,) if scale is None else scale.shape
+    return dx, dx.new_empty(shape, dtype=torch.float32), dx.new_empty(shape, dtype=torch.float32)
+
+
+_op = register(
+    "norm_modulate(Tensor x, Tensor? shift, Tensor? scale, int split, float eps, str impl) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_op_backward = register(
+    "norm_modulate_backward(Tensor dy, Tensor x, Tensor? scale, int split, float eps, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, split, eps, impl):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scale)
+        ctx.split, ctx.eps, ctx.impl = split, eps, impl
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        return _op(x, shift, scale, split, eps, impl)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, scale = ctx.saved_tensors
+        dx, dshift, dscale = _op_backward(dy, x, scale, ctx.split, ctx.eps, ctx.impl)
+        if scale is None:
+            return dx, None, None, None, None, None
+        return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None, None, None
 
 
 def norm_modulate(
@@ -90,4 +313,21 @@ def norm_modulate(
     Raises:
         ValueError: a shape does not fit, or only one of shift and scale is given.
     """
-    return norm_modulate_ref(x, shift, scale, split=split, eps=eps)
+    impl = chosen("norm_modulate", x)
+    if impl == "ref":
+        return norm_modulate_ref(x, shift, scale, split=split, eps=eps)
+    check_norm_modulate(x, shift, scale, split)
+    if wants_grad(x, shift, scale):
+        return _NormModulate.apply(x, shift, scale, split, eps, impl)
+    return _op(x, shift, scale, split, eps, impl)
+
+
+def aot_signatures() -> list[Signature]:
+    """Every kernel of this file at the real shapes, for compilation ahead of time."""
+    return [
+        *row_signatures("norm_modulate", norm_modulate_kernel, False, MODULATED=True),
+        *row_signatures("norm_modulate plain", norm_modulate_kernel, False, MODULATED=False),
+        *row_signatures("norm_modulate backward", norm_modulate_backward_kernel, True, MODULATED=True),
+        *row_signatures("norm_modulate backward plain", norm_modulate_backward_kernel, True, MODULATED=False),
+        *sum_tiles_signatures(),
+    ]

@@ -1,0 +1,42 @@
+"""Registration of library ops: schema, implementation for CPU and CUDA tensors, and shape function for tracing.
+
+The ops live in the namespace ``flowmo_kernels``.  They carry no autograd formula of their own: each op file puts a
+plain `torch.autograd.Function` over its forward and backward op, which costs less per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "flowmo_kernels"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``flowmo_kernels::<schema>`` and return its overload, ready to be called.
+
+    Args:
+        schema: e.g. ``"gelu(Tensor x, str impl) -> Tensor"``.
+        run: the implementation, for CPU tensors (interpreted Triton) and CUDA tensors alike.
+        fake: allocates outputs of the right shapes, strides and dtypes without computing.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x itself when its last axis is contiguous, as kernels expect; otherwise a contiguous copy."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
