@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flowmo.data.folder import Example, ImageFolder, Skipped, find_images
+from flowmo.data.loader import BatchSource, TrainingBatches, build_data
 from flowmo.data.samples import CropSampler, SamplePhotographsMissing, heldout_photographs, train_photographs
 from flowmo.data.transforms import (
     ImageReadError,
@@ -18,10 +20,17 @@ from flowmo.data.transforms import (
 )
 
 __all__ = [
+    "BatchSource",
     "CropSampler",
+    "Example",
+    "ImageFolder",
     "ImageReadError",
     "SamplePhotographsMissing",
+    "Skipped",
+    "TrainingBatches",
+    "build_data",
     "center_crop",
+    "find_images",
     "heldout_photographs",
     "load_image",
     "make_grid",

@@ -125,8 +125,7 @@ class CropSampler:
             raise ValueError("CropSampler needs at least one picture")
         if size < 1 or batch < 1 or seed < 0:
             raise ValueError(
-                "CropSampler expects size >= 1, batch >= 1 and seed >= 0; "
-                f"got size={size}, batch={batch}, seed={seed}"
+                f"CropSampler expects size >= 1, batch >= 1 and seed >= 0; got size={size}, batch={batch}, seed={seed}"
             )
         if not 0.0 <= columns[0] < columns[1] <= 1.0:
             raise ValueError(f"columns must be two fractions 0 <= left < right <= 1, got {columns}")
@@ -186,9 +185,7 @@ class CropSampler:
         """Continue after `state["position"]` batches; raises ValueError if seed, batch or pictures differ."""
         for key, mine in (("seed", self.seed), ("batch", self.batch), ("names", self.names)):
             if state[key] != mine:
-                raise ValueError(
-                    f"the saved data position was made with {key}={state[key]!r}, this run has {mine!r}"
-                )
+                raise ValueError(f"the saved data position was made with {key}={state[key]!r}, this run has {mine!r}")
         self.position = int(state["position"])
 
     def describe(self) -> str:
