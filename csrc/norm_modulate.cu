@@ -1,0 +1,42 @@
+// y = (1 + scale) * LayerNorm(x) + shift, and its gradient.
+#include "launchers.h"
+#include "rows.cuh"
+
+using namespace flowmo;
+
+int norm_modulate(int64_t y, int64_t y_batch, int64_t y_row, int64_t x, int64_t x_batch, int64_t x_row,
+                  int64_t shift, int64_t shift_batch, int64_t shift_stream, int64_t shift_dtype, int64_t scale,
+                  int64_t scale_batch, int64_t scale_stream, int64_t scale_dtype, int64_t batch, int64_t length,
+                  int64_t width, int64_t split, double eps, int64_t dtype, int64_t stream) {
+    ForwardArguments p = {};
+    p.x = make_rows(x, x_batch, x_row, dtype);
+    p.y = make_rows(y, y_batch, y_row, dtype);
+    p.shift = make_table(shift, shift_batch, shift_stream, shift_dtype);
+    p.scale = make_table(scale, scale_batch, scale_stream, scale_dtype);
+    p.rows = batch * length;
+    p.length = static_cast<int>(length);
+    p.width = static_cast<int>(width);
+    p.split = static_cast<int>(split);
+    p.eps = static_cast<float>(eps);
+    return launch_rows_forward<true, false>(p, dtype, stream);
+}
+
+int norm_modulate_backward(int64_t grad_x, int64_t grad_x_batch, int64_t grad_x_row, int64_t grad_shift,
+                           int64_t grad_scale, int64_t partial, int64_t grad_y, int64_t grad_y_batch,
+                           int64_t grad_y_row, int64_t x, int64_t x_batch, int64_t x_row, int64_t scale,
+                           int64_t scale_batch, int64_t scale_stream, int64_t scale_dtype, int64_t batch,
+                           int64_t length, int64_t width, int64_t split, int64_t streams, int64_t rows_per_chunk,
+                           double eps, int64_t dtype, int64_t stream) {
+    BackwardArguments p = {};
+    p.grad_y = make_rows(grad_y, grad_y_batch, grad_y_row, dtype);
+    p.x = make_rows(x, x_batch, x_row, dtype);
+    p.grad_x = make_rows(grad_x, grad_x_batch, grad_x_row, dtype);
+    p.scale = make_table(scale, scale_batch, scale_stream, scale_dtype);
+    p.partial = partial;
+    set_chunks(p, batch, length, width, split, rows_per_chunk, eps);
+    ReduceArguments sums = {};
+    sums.outputs[0] = grad_shift;
+    sums.outputs[1] = grad_scale;
+    sums.streams[0] = sums.streams[1] = static_cast<int>(streams);
+    return launch_rows_backward<true, false>(p, sums, dtype, stream);
+}
