@@ -30,9 +30,10 @@ def row_launch(d: int, n_rows: int, reduces: bool) -> RowLaunch:
     """Launch sizes for rows of d channels; `reduces` where the kernel also sums over rows (backward)."""
     hi = next_power_of_2(d) // 2 if d > 1 else 1
     lo = next_power_of_2(d - hi) if d > hi else 1
-    num_warps = 1 if d <= 256 else 2 if d <= 512 else 4 if d <= 2048 else 8
-    # About 32 values of a row per thread are live in a forward kernel; a reducing one holds three times as many.
-    rows = max(1, min(4, 4096 // (hi + lo))) if not reduces else 1
+    # Up to 32 values of the rows a thread; a reducing kernel also holds its sums, so it takes one row at once.
+    rows = 1 if reduces or d > 2048 else 2 if d > 1024 else 4
+    # Eight channels a thread, the 16 bytes of a bf16 access; several rows feed more warps.
+    num_warps = max(1, min(8, hi // 256)) if rows < 4 else max(1, min(4, hi // 128))
     if reduces:
         # Enough programs to fill a large card several times, few enough that the partial sums stay a small
         # part of the traffic (two fp32 rows for every `iters` rows).
@@ -119,6 +120,14 @@ def normalise(b_hi, b_lo, eps, D: tl.constexpr, HI: tl.constexpr, LO: tl.constex
 
 
 @jit
+def normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D: tl.constexpr):
+    """r (g - mean(g) - n mean(g n)) of both parts; garbage in masked columns."""
+    b_mean = row_mean(b_g_hi, b_g_lo, D)
+    b_dot = row_mean(b_g_hi * b_n_hi, b_g_lo * b_n_lo, D)
+    return b_rstd * (b_g_hi - b_mean - b_n_hi * b_dot), b_rstd * (b_g_lo - b_mean - b_n_lo * b_dot)
+
+
+@jit
 def sum_tiles_kernel(
     p_part,  # [B, tiles, V, D] fp32
     p_sum0,  # [B, S, D] fp32, vector 0
@@ -147,9 +156,9 @@ def sum_tiles_kernel(
         p_tile = p_part + ((i_b * n_all + o_t) * tl.num_programs(2) + i_v)[:, None] * D + o_d[None, :]
         b_sum += tl.sum(tl.load(p_tile, mask=(o_t < end)[:, None] & (o_d < D)[None, :], other=0.0), 0)
     o_sum = i_bs * D + o_d
-    tl.store(p_sum0 + o_sum, b_sum, mask=(o_d < D) & (i_v == 0))
-    tl.store(p_sum1 + o_sum, b_sum, mask=(o_d < D) & (i_v == 1))
-    tl.store(p_sum2 + o_sum, b_sum, mask=(o_d < D) & (i_v == 2))
+    tl.store(p_sum0 + o_sum, b_sum, mask=o_d < tl.where(i_v == 0, D, 0))
+    tl.store(p_sum1 + o_sum, b_sum, mask=o_d < tl.where(i_v == 1, D, 0))
+    tl.store(p_sum2 + o_sum, b_sum, mask=o_d < tl.where(i_v == 2, D, 0))
 
 
 def sum_tiles(

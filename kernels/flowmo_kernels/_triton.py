@@ -12,6 +12,7 @@ compiler rounds to the nearest (fp32 to bf16 and fp8), and multiplies the bit pa
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,8 @@ HAS_TRITON: bool = find_spec("triton") is not None
 INTERPRETED: bool = False
 
 if HAS_TRITON:
+    # Contraction of a * b + c into one rounding is wanted; releases differ in their default and warn about it.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton import language as tl
 

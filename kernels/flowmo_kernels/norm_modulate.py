@@ -24,8 +24,8 @@ from ._rows import (
     load_vector,
     n_tiles,
     normalise,
+    normalise_backward,
     row_launch,
-    row_mean,
     row_signatures,
     store_rows,
     store_vector,
@@ -187,14 +187,6 @@ def norm_modulate_backward_kernel(
         p_out = p_part + (i_b * tl.num_programs(0) + i) * 2 * D
         store_vector(p_out, b_dshift_hi, b_dshift_lo, D, HI, LO)
         store_vector(p_out + D, b_dscale_hi, b_dscale_lo, D, HI, LO)
-
-
-@jit
-def normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D: tl.constexpr):
-    """r (g - mean(g) - n mean(g n)) of both parts; garbage in masked columns."""
-    b_mean = row_mean(b_g_hi, b_g_lo, D)
-    b_dot = row_mean(b_g_hi * b_n_hi, b_g_lo * b_n_lo, D)
-    return b_rstd * (b_g_hi - b_mean - b_n_hi * b_dot), b_rstd * (b_g_lo - b_mean - b_n_lo * b_dot)
 
 
 def _forward(x: Tensor, shift: Tensor | None, scale: Tensor | None, split: int, eps: float, impl: str) -> Tensor:
