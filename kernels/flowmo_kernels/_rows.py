@@ -170,10 +170,11 @@ def sum_tiles(
     b, tiles, vectors, d = partial.shape
     streams = sums[0].shape[1] if sums[0].dim() == 3 else 1
     if sums[0].numel():
-        block_d = min(128, next_power_of_2(d))
+        # Many tiles are summed in larger steps by more programs.
+        block_d, block_t = min(32 if tiles > 256 else 128, next_power_of_2(d)), 128 if tiles > 256 else 16
         targets = [sums[min(i, vectors - 1)] for i in range(3)]
         sum_tiles_kernel[(cdiv(d, block_d), b * streams, vectors)](
-            partial, *targets, streams, n_first, tiles, D=d, BLOCK_D=block_d, BLOCK_T=16, num_warps=4
+            partial, *targets, streams, n_first, tiles, D=d, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=4
         )
 
 
@@ -218,6 +219,6 @@ def row_signatures(name: str, kernel: Any, reduces: bool, **flags: bool) -> list
 def sum_tiles_signatures() -> list[Signature]:
     kinds = {name: "*fp32" for name in ("p_part", "p_sum0", "p_sum1", "p_sum2")}
     return [
-        signature(sum_tiles_kernel, kinds, {"D": d, "BLOCK_D": 128, "BLOCK_T": 16}, 4, 3, f"sum_tiles D={d}")
-        for d in (768, 1152)
+        signature(sum_tiles_kernel, kinds, {"D": d, "BLOCK_D": cols, "BLOCK_T": rows}, 4, 3, f"sum_tiles D={d}")
+        for d, cols, rows in ((96, 32, 128), (768, 128, 16), (1152, 128, 16))
     ]
