@@ -18,6 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dispatch import chosen
+from ._library import register
+from ._rows import Signature, signature_of
+from ._triton import cdiv, jit, tl
+
 MAX_PACKED_BITS = 32
 
 
@@ -51,6 +56,90 @@ def unpack_tokens_ref(packed: Tensor, bits: int, n: int) -> Tensor:
     return (stream << torch.arange(bits, device=packed.device)).sum(-1)
 
 
+@jit
+def pack_tokens_kernel(p_tokens, p_packed, n, n_bytes, total, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Every lane makes one byte from the tokens that overlap it."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_out = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_byte = o_out % n_bytes
+    p_image = p_tokens + o_out // n_bytes * n
+    b_byte = tl.zeros((BLOCK,), tl.int64)
+    for i_token in tl.static_range((BITS + 6) // BITS + 1):
+        o_token = o_byte * 8 // BITS + i_token
+        m_token = (o_token < n) & (o_out < total)
+        b_token = tl.load(p_image + o_token, mask=m_token, other=0) & ((1 << BITS) - 1)
+        # Bit of the byte where the token starts; negative where it began in an earlier byte.
+        b_shift = o_token * BITS - o_byte * 8
+        b_token = (b_token >> tl.maximum(-b_shift, 0)) << tl.minimum(tl.maximum(b_shift, 0), 8)
+        b_byte |= b_token & 255
+    tl.store(p_packed + o_out, b_byte.to(tl.uint8), mask=o_out < total)
+
+
+@jit
+def unpack_tokens_kernel(p_packed, p_tokens, n, n_bytes, total, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Every lane makes one token from the bytes that hold it."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_out = i_block * BLOCK + tl.arange(0, BLOCK)
+    o_bit = o_out % n * BITS
+    p_image = p_packed + o_out // n * n_bytes
+    b_token = tl.zeros((BLOCK,), tl.int64)
+    for i_byte in tl.static_range((BITS + 14) // 8):
+        o_byte = o_bit // 8 + i_byte
+        m_byte = (o_byte < n_bytes) & (o_out < total)
+        b_token |= tl.load(p_image + o_byte, mask=m_byte, other=0).to(tl.int64) << (8 * i_byte)
+    b_token = (b_token >> (o_bit % 8)) & ((1 << BITS) - 1)
+    tl.store(p_tokens + o_out, b_token, mask=o_out < total)
+
+
+# One output to a lane; the arrays are small (512 tokens an image), so programs are kept small too.
+BLOCK = 256
+
+
+def _pack(tokens: Tensor, bits: int, impl: str) -> Tensor:
+    tokens = tokens.contiguous()
+    if impl == "cuda":
+        from . import _cuda
+
+        return _cuda.pack_tokens(tokens, bits)
+    n = tokens.shape[1]
+    packed = _pack_fake(tokens, bits, impl)
+    total = packed.numel()
+    if total:
+        pack_tokens_kernel[(cdiv(total, BLOCK),)](
+            tokens, packed, n, packed.shape[1], total, BITS=bits, BLOCK=BLOCK, num_warps=4
+        )
+    return packed
+
+
+def _pack_fake(tokens: Tensor, bits: int, impl: str) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], (tokens.shape[1] * bits + 7) // 8), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, bits: int, n: int, impl: str) -> Tensor:
+    packed = packed.contiguous()
+    if impl == "cuda":
+        from . import _cuda
+
+        return _cuda.unpack_tokens(packed, bits, n)
+    tokens = _unpack_fake(packed, bits, n, impl)
+    total = tokens.numel()
+    if total:
+        unpack_tokens_kernel[(cdiv(total, BLOCK),)](
+            packed, tokens, n, packed.shape[1], total, BITS=bits, BLOCK=BLOCK, num_warps=4
+        )
+    return tokens
+
+
+def _unpack_fake(packed: Tensor, bits: int, n: int, impl: str) -> Tensor:
+    return packed.new_empty((packed.shape[0], n), dtype=torch.int64)
+
+
+pack_tokens_op = register("pack_tokens(Tensor tokens, int bits, str impl) -> Tensor", _pack, _pack_fake)
+unpack_tokens_op = register(
+    "unpack_tokens(Tensor packed, int bits, int n, str impl) -> Tensor", _unpack, _unpack_fake
+)
+
+
 def pack_tokens(tokens: Tensor, bits: int) -> Tensor:
     """Tokens as a bit stream.
 
@@ -65,7 +154,8 @@ def pack_tokens(tokens: Tensor, bits: int) -> Tensor:
         ValueError: wrong dtype, shape or bits; on the CPU also a token outside [0, 2^bits).
     """
     _check_tokens(tokens, bits)
-    return pack_tokens_ref(tokens, bits)
+    impl = chosen("pack_tokens", tokens)
+    return pack_tokens_ref(tokens, bits) if impl == "ref" else pack_tokens_op(tokens, bits, impl)
 
 
 def unpack_tokens(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -89,7 +179,8 @@ def unpack_tokens(packed: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(
             f"packed has {packed.shape[1]} bytes to an image; {n} tokens of {bits} bits fill {(n * bits + 7) // 8}"
         )
-    return unpack_tokens_ref(packed, bits, n)
+    impl = chosen("unpack_tokens", packed)
+    return unpack_tokens_ref(packed, bits, n) if impl == "ref" else unpack_tokens_op(packed, bits, n, impl)
 
 
 def codes_to_tokens(codes: Tensor, bits: int) -> Tensor:
@@ -138,3 +229,14 @@ def tokens_to_codes(tokens: Tensor, bits: int, channels: int, *, dtype: torch.dt
         raise ValueError(f"tokens have {n} columns; {channels} channels need a multiple of {factors}")
     groups = tokens.reshape(batch, n // factors, 1, factors) >> torch.arange(bits, device=tokens.device)[:, None]
     return ((groups & 1) * 2 - 1).to(dtype).reshape(batch, n // factors, channels)
+
+
+def aot_signatures() -> list[Signature]:
+    """Token widths of FlowMo-Lo and Hi, for compilation without a card."""
+    types = {"p_tokens": "*i64", "p_packed": "*u8", "n": "i32", "n_bytes": "i32", "total": "i32"}
+    signatures: list[Signature] = []
+    for bits in (9, 14):
+        constexprs: dict[str, object] = {"BITS": bits, "BLOCK": BLOCK}
+        for kernel in (pack_tokens_kernel, unpack_tokens_kernel):
+            signatures.append((kernel, signature_of(kernel, types, constexprs), constexprs, 4, 3, f"E={bits}"))
+    return signatures
