@@ -225,4 +225,7 @@ def test_save_png_makes_the_folder_and_leaves_no_scraps(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
     with pytest.raises(ValueError, match=r"\[2, 4, 5\]"):
         T.save_png(torch.zeros(2, 4, 5), path)
+    with pytest.raises(OSError, match="CMYK"):  # fails in the midst of writing
+        T.save_png(Image.new("CMYK", (4, 4)), path)
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(photo(seed=1)))
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
