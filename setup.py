@@ -29,6 +29,12 @@ DEFAULT_ARCHS = ("sm_80", "sm_90a", "sm_100")
 SWITCH = "FLOWMO_CUDA"
 
 
+def say(text: str) -> None:
+    """One line in the build's log; not while pip only asks for metadata, so that it stands there once."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(f"flowmo: {text}", flush=True)
+
+
 def find_nvcc() -> str | None:
     """The nvcc to use: CUDA_HOME, then PATH, then the usual folder."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -65,7 +71,7 @@ def wanted_nvcc() -> str | None:
     if switch not in ("0", "1", "auto"):
         raise SystemExit(f"{SWITCH}={switch!r}: expected 0, 1 or auto")
     if switch == "0":
-        print(f"flowmo: {SWITCH}=0, installing without the CUDA extension")
+        say(f"{SWITCH}=0, installing without the CUDA extension")
         return None
     nvcc = find_nvcc()
     if nvcc is None and switch == "1":
@@ -74,7 +80,7 @@ def wanted_nvcc() -> str | None:
             f"set CUDA_HOME, or set {SWITCH}=0"
         )
     if nvcc is None:
-        print("flowmo: no nvcc found, installing without the CUDA extension (Triton and PyTorch paths remain)")
+        say("no nvcc found, installing without the CUDA extension (Triton and PyTorch paths remain)")
     return nvcc
 
 
@@ -155,7 +161,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         built = folder / target.name
         write_ninja(folder, built, nvcc, archs)
-        print(f"flowmo: compiling the CUDA extension with {nvcc} for {', '.join(archs)}")
+        say(f"compiling the CUDA extension with {nvcc} for {', '.join(archs)}")
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         try:
             subprocess.run([ninja_command(), "-C", str(folder), "-j", str(max(1, jobs))], check=True)

@@ -13,11 +13,7 @@ int norm_modulate(int64_t y, int64_t y_batch, int64_t y_row, int64_t x, int64_t 
     p.y = make_rows(y, y_batch, y_row, dtype);
     p.shift = make_table(shift, shift_batch, shift_stream, shift_dtype);
     p.scale = make_table(scale, scale_batch, scale_stream, scale_dtype);
-    p.rows = batch * length;
-    p.length = static_cast<int>(length);
-    p.width = static_cast<int>(width);
-    p.split = static_cast<int>(split);
-    p.eps = static_cast<float>(eps);
+    set_sizes(p, batch, length, width, split, eps);
     return launch_rows_forward<true, false>(p, dtype, stream);
 }
 

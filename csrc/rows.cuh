@@ -64,6 +64,14 @@ struct ForwardArguments {
     float eps;
 };
 
+inline void set_sizes(ForwardArguments& p, int64_t batch, int64_t length, int64_t width, int64_t split, double eps) {
+    p.rows = batch * length;
+    p.length = static_cast<int>(length);
+    p.width = static_cast<int>(width);
+    p.split = static_cast<int>(split);
+    p.eps = static_cast<float>(eps);
+}
+
 constexpr int FORWARD_WARPS = 4;
 
 template <typename T, int NV>
@@ -86,7 +94,7 @@ __device__ inline void load_row(const T* row, bool aligned, int width, uint4 (&r
 
 // One warp a row, at most NV 16-byte vectors a lane.
 template <typename T, int NV, bool NORM, bool RESIDUAL>
-__global__ void __launch_bounds__(FORWARD_WARPS* WARP) rows_forward(ForwardArguments p) {
+__global__ void __launch_bounds__(FORWARD_WARPS* WARP, 4) rows_forward(ForwardArguments p) {
     constexpr int N = VEC<T>;
     const int lane = threadIdx.x % WARP;
     const int64_t row = int64_t{blockIdx.x} * FORWARD_WARPS + threadIdx.x / WARP;
@@ -264,7 +272,7 @@ __device__ inline Chunk chunk_of(const BackwardArguments& p, int i) {
 constexpr int BACKWARD_THREADS = 320;
 
 template <typename T, bool NORM, bool RESIDUAL>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 2) rows_backward(BackwardArguments p) {
+__global__ void __launch_bounds__(BACKWARD_THREADS) rows_backward(BackwardArguments p) {
     constexpr int N = VEC<T>;
     constexpr int R = NORM && RESIDUAL ? 2 : 4;  // rows at a time: eight 16-byte loads in flight
     const int64_t batch = blockIdx.y;
@@ -367,8 +375,10 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 2) rows_backward(BackwardArg
                     store_vector<T>(p.grad_branch.row<T>(batch, row) + i, branch, count, p.grad_branch.aligned);
                 }
             }
-            if (row < chunk.end && p.grad_x.address != 0) {
-                store_vector<T>(p.grad_x.row<T>(batch, row) + i, grad[r], count, p.grad_x.aligned);
+            if constexpr (NORM) {  // without it the gradient of x is grad_sum itself
+                if (row < chunk.end) {
+                    store_vector<T>(p.grad_x.row<T>(batch, row) + i, grad[r], count, p.grad_x.aligned);
+                }
             }
         }
     }
@@ -438,7 +448,7 @@ __global__ void __launch_bounds__(WIDE_THREADS) rows_backward_wide(BackwardArgum
                 const float gate = p.gate.address != 0 ? p.gate.at(batch, chunk.stream, i) : 1.0f;
                 p.grad_branch.row<T>(batch, row)[i] = from_float<T>(gate * grad);
             }
-            if (p.grad_x.address != 0) p.grad_x.row<T>(batch, row)[i] = from_float<T>(grad);
+            if constexpr (NORM) p.grad_x.row<T>(batch, row)[i] = from_float<T>(grad);
             if (p.partial != 0) {
                 const bool fresh = row == chunk.begin;
                 if constexpr (NORM) {
@@ -471,8 +481,10 @@ static __global__ void __launch_bounds__(WARP* REDUCE_ROWS) reduce_chunks(Reduce
     const int lane = threadIdx.x / WARP;
     const int64_t batch = blockIdx.y / 2;
     const int stream = blockIdx.y % 2, which = blockIdx.z;
-    const int streams = p.streams[which];
-    if (stream >= streams || p.outputs[which] == 0) return;
+    // Not p.streams[which]: indexing an argument by a variable would copy it to local memory.
+    const int streams = which == 0 ? p.streams[0] : which == 1 ? p.streams[1] : p.streams[2];
+    const int64_t output = which == 0 ? p.outputs[0] : which == 1 ? p.outputs[1] : p.outputs[2];
+    if (stream >= streams || output == 0) return;
     const int begin = stream == 1 ? p.chunks_before : 0;
     const int end = streams == 2 && stream == 0 ? p.chunks_before : p.chunks;
     float total = 0.0f;
@@ -486,7 +498,7 @@ static __global__ void __launch_bounds__(WARP* REDUCE_ROWS) reduce_chunks(Reduce
     __syncthreads();
     if (lane == 0 && column < p.width) {
         for (int r = 1; r < REDUCE_ROWS; ++r) total += part[r * WARP + threadIdx.x];
-        address_of<float>(p.outputs[which])[(batch * streams + stream) * p.width + column] = total;
+        address_of<float>(output)[(batch * streams + stream) * p.width + column] = total;
     }
 }
 

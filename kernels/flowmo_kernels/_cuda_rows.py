@@ -178,7 +178,7 @@ def gate_residual_backward(
     rows = rows_per_chunk(batch, length)
     partial = None if gate is None else _partial(branch, chunks(length, split, rows), 1)
     launch(
-        "gate_residual_backward", None, 0, 0, *row_strides(dbranch), _out(gate, dgate), partial, *row_strides(dout),
+        "gate_residual_backward", *row_strides(dbranch), _out(gate, dgate), partial, *row_strides(dout),
         *row_strides(branch), *table_strides("gate", gate), batch, length, width, split, _streams(gate), rows,
         dtype_code("branch", branch),
     )  # fmt: skip

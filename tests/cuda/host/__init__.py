@@ -1,0 +1,1 @@
+"""The host executor: CUDA kernels compiled by the C++ compiler and run on the CPU under sanitizers."""
