@@ -48,6 +48,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "adam_hold_ema": ("triton", "cuda"),
 }
 
+# Ops whose own kernels run only when asked for by name.
+NOT_IN_AUTO = ("joint_attention",)
+
 
 class KernelUnavailableError(RuntimeError):
     """An implementation was asked for by name that cannot run here; the message says why."""
@@ -147,40 +150,34 @@ def use(impl: str | None = None, **per_op: str) -> Iterator[None]:
         _default, _per_op, _checked = before
 
 
-def chosen(op: str, tensor: Tensor) -> str:
-    """The implementation that `op` runs for `tensor`: "ref", "triton" or "cuda"."""
+def asked(op: str) -> str:
+    """What environment and context ask of `op`: "auto", "ref", "triton" or "cuda"."""
     if not _checked:
         _check_environment()
     impl = _per_op.get(op)
     if impl is None:
         impl = _default if _default in ("auto", "ref") or _default in OPS[op] else "auto"
+    return impl
+
+
+def chosen(op: str, tensor: Tensor) -> str:
+    """The implementation that `op` runs for `tensor`: "ref", "triton" or "cuda"."""
+    impl = asked(op)
     if impl == "ref":
         return "ref"
     if not tensor.is_cuda:
         return "triton" if impl == "triton" and INTERPRETED else "ref"
     if impl == "auto":
-        for candidate in OPS[op]:
-            if _CAN_RUN[candidate]():
+        for candidate in OPS[op] if op not in NOT_IN_AUTO else ():
+            if HAS_TRITON if candidate == "triton" else _has_cuda():
                 return candidate
         return "ref"
     return impl
 
 
-def _can_run_triton() -> bool:
-    return HAS_TRITON
-
-
-_cuda_usable: bool | None = None
-
-
-def _can_run_cuda() -> bool:
-    global _cuda_usable
-    if _cuda_usable is None:
-        _cuda_usable = why_no_cuda() is None
-    return _cuda_usable
-
-
-_CAN_RUN = {"triton": _can_run_triton, "cuda": _can_run_cuda}
+@torch.compiler.assume_constant_result
+def _has_cuda() -> bool:
+    return why_no_cuda() is None
 
 
 def describe() -> str:

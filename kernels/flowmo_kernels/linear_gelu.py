@@ -39,9 +39,9 @@ def gelu_backward_kernel(
     p_du,  # [M, F] contiguous
     p_part,  # [tiles, F] fp32: partial bias gradient
     n_rows,
-    n_columns,
     stride_dy,
     stride_u,
+    N: tl.constexpr,  # F
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ITERS: tl.constexpr,
@@ -52,7 +52,7 @@ def gelu_backward_kernel(
     b_db = tl.zeros([ROWS, COLUMNS], tl.float32)
     for j in range(ITERS):
         o_row = (i * ITERS + j) * ROWS + tl.arange(0, ROWS)
-        m = (o_row < n_rows)[:, None] & (o_f < n_columns)[None, :]
+        m = (o_row < n_rows)[:, None] & (o_f < N)[None, :]
         b_dy = tl.load(p_dy + (o_row * stride_dy)[:, None] + o_f[None, :], mask=m, other=0.0).to(tl.float32)
         b_u = tl.load(p_u + (o_row * stride_u)[:, None] + o_f[None, :], mask=m, other=0.0).to(tl.float32)
         b_square = 0.044715 * b_u * b_u
@@ -64,13 +64,13 @@ def gelu_backward_kernel(
         b_slope = b_u * b_large * b_small * 1.5957691216057308 * (1.0 + 3.0 * b_square)
         b_du = b_dy * (tl.where(b_z >= 0, b_large, b_small) + b_slope)
         b_db += b_du
-        tl.store(p_du + (o_row * n_columns)[:, None] + o_f[None, :], cast(b_du, p_du.dtype.element_ty), mask=m)
-    tl.store(p_part + i * n_columns + o_f, tl.sum(b_db, 0), mask=o_f < n_columns)
+        tl.store(p_du + (o_row * N)[:, None] + o_f[None, :], cast(b_du, p_du.dtype.element_ty), mask=m)
+    tl.store(p_part + i * N + o_f, tl.sum(b_db, 0), mask=o_f < N)
 
 
 def _launch(n_rows: int, n_columns: int) -> tuple[int, int, int, int]:
     """(rows, columns, iterations, warps) of a program."""
-    return 16, min(256, next_power_of_2(n_columns)), 8 if n_rows >= 4096 else 1, 4
+    return 8, min(256, next_power_of_2(n_columns)), 16 if n_rows >= 4096 else 1, 4
 
 
 def _inference(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def _gelu_backward(dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     partial = torch.empty(1, tiles, 1, f, device=u.device, dtype=torch.float32)
     if u.numel():
         gelu_backward_kernel[(cdiv(f, columns), tiles)](
-            dy, u, du, partial, m, f, dy.stride(0), u.stride(0),
-            ROWS=rows, COLUMNS=columns, ITERS=iters, num_warps=num_warps,
+            dy, u, du, partial, m, dy.stride(0), u.stride(0),
+            N=f, ROWS=rows, COLUMNS=columns, ITERS=iters, num_warps=num_warps,
         )  # fmt: skip
     sum_tiles(partial, (db[None],), 0)
     return du, db
@@ -168,7 +168,7 @@ def aot_signatures() -> list[Signature]:
     found: list[Signature] = []
     for d in (768, 1152):
         rows, columns, iters, num_warps = _launch(8 * 4352, 4 * d)
-        constants = {"ROWS": rows, "COLUMNS": columns, "ITERS": iters}
+        constants = {"N": 4 * d, "ROWS": rows, "COLUMNS": columns, "ITERS": iters}
         kinds = {"p_part": "*fp32"}
         label = f"gelu_backward F={4 * d}"
         found.append(signature(gelu_backward_kernel, kinds, constants, num_warps, 3, label))

@@ -1,6 +1,7 @@
 """Per-head RMSNorm of q and k, then rotary position embedding, in a joint qkv buffer.
 
-n = r x,  r = 1/sqrt(mean(x^2) + eps),  u = g n,  (y_2i, y_2i+1) = (u_2i cos_i - u_2i+1 sin_i, u_2i+1 cos_i + u_2i sin_i)
+    r = 1/sqrt(mean(x^2) + eps),  n = r x,  u = g n
+    (y_2i, y_2i+1) = (u_2i cos_i - u_2i+1 sin_i, u_2i+1 cos_i + u_2i sin_i)
 
 Query-key normalisation and rotary embedding of the transformer blocks (supplement of the paper, as in the released
 code).  The gradient turns dy back by the same angles into du; then dg = sum of du n over images, tokens and heads,

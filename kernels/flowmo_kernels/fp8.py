@@ -1,0 +1,325 @@
+"""Row-scaled fp8 for inference: quantising forms of the norms, and the matrix product that takes them.
+
+y is divided by one number a row, s = max|y| / 448, and stored as float8_e4m3fn (largest value 448); then
+
+    linear_fp8(v, s, w, t, b)_mf = s_m t_f sum_d v_md w_fd + b_f.
+
+The row maximum costs nothing where a row is being normalised anyway, so quantisation is part of the LayerNorm kernel
+and y never exists in bf16.  Opt-in: the products carry about 3 bits of mantissa, and there are no gradients.
+
+Legend: B images, L tokens (latent rows first), D channels, F output channels, M rows (all leading axes together).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dispatch import KernelUnavailableError, asked, chosen
+from ._library import register, rows_contiguous, wants_grad
+from ._rows import (
+    Signature,
+    load_rows,
+    load_vector,
+    n_tiles,
+    normalise,
+    row_launch,
+    row_signatures,
+    store_rows,
+    tile_rows,
+    vector_strides,
+)
+from ._triton import cast, jit, tl
+from .gate_residual import check_gate_residual, gate_residual_ref
+from .norm_modulate import check_norm_modulate, norm_modulate_ref
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+TINY = 1e-12  # rows smaller than this all over are stored as zeros of scale TINY / 448
+
+
+def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
+    if wants_grad(*tensors):
+        raise RuntimeError(f"{op} has no gradient: fp8 is for inference; call it under torch.no_grad()")
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-scaled fp8 form of a tensor, such as the weight of a linear layer (once, at load).
+
+    Args:
+        x: [..., D], any float dtype.
+
+    Returns:
+        (values, scales): float8_e4m3fn [..., D] and fp32 [..., 1], x being about values * scales.
+    """
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(TINY) / FP8_MAX
+    return (x / scales).to(FP8), scales
+
+
+def norm_modulate_fp8_ref(
+    x: Tensor,  # [B, L, D]
+    shift: Tensor | None = None,  # [B, D] or [B, 2, D]
+    scale: Tensor | None = None,  # as shift
+    *,
+    split: int = 0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # float8_e4m3fn [B, L, D], fp32 [B, L, 1]
+    """`norm_modulate_fp8` in plain PyTorch."""
+    return quantize_rows(norm_modulate_ref(x.float(), shift, scale, split=split, eps=eps))
+
+
+def gate_residual_norm_modulate_fp8_ref(
+    x: Tensor,  # [B, L, D]
+    branch: Tensor,  # [B, L, D]
+    gate: Tensor | None = None,  # [B, D] or [B, 2, D]
+    shift: Tensor | None = None,  # [B, D] or [B, 2, D]
+    scale: Tensor | None = None,  # as shift
+    *,
+    split: int = 0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, L, D], float8_e4m3fn [B, L, D], fp32 [B, L, 1]
+    """`gate_residual_norm_modulate_fp8` in plain PyTorch."""
+    x = gate_residual_ref(x, branch, gate, split=split)
+    return x, *norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
+
+
+@jit
+def norm_modulate_fp8_kernel(
+    p_x,  # [B, L, D]
+    p_branch,  # [B, L, D]
+    p_gate,  # [B, S, D]
+    p_shift,  # [B, S, D]
+    p_scale,  # [B, S, D]
+    p_sum,  # [B, L, D] contiguous: x', where RESIDUAL
+    p_y,  # [B, L, D] contiguous, fp8
+    p_row_scale,  # [B, L] fp32
+    length,
+    split,
+    stride_xb,
+    stride_xl,
+    stride_rb,
+    stride_rl,
+    stride_gb,
+    stride_gs,
+    stride_hb,
+    stride_hs,
+    stride_cb,
+    stride_cs,
+    eps,
+    D: tl.constexpr,
+    HI: tl.constexpr,
+    LO: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITERS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    MODULATED: tl.constexpr,
+):
+    """Optional residual sum, modulated LayerNorm, and division by the largest value of the row."""
+    i = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
+    if GATED:
+        b_gate_hi, b_gate_lo = load_vector(p_gate + i_b * stride_gb + stream * stride_gs, D, HI, LO)
+    if MODULATED:
+        b_shift_hi, b_shift_lo = load_vector(p_shift + i_b * stride_hb + stream * stride_hs, D, HI, LO)
+        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
+    for j in range(ITERS):
+        o_row = start + j * ROWS + tl.arange(0, ROWS)
+        m_row = o_row < end
+        b_hi, b_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
+        if RESIDUAL:
+            b_branch_hi, b_branch_lo = load_rows(p_branch + i_b * stride_rb, stride_rl, o_row, m_row, D, HI, LO)
+            if GATED:
+                b_branch_hi *= b_gate_hi
+                b_branch_lo *= b_gate_lo
+            b_sum_hi = cast(b_hi + b_branch_hi, p_sum.dtype.element_ty)
+            b_sum_lo = cast(b_lo + b_branch_lo, p_sum.dtype.element_ty)
+            store_rows(p_sum + i_b * length * D, D, o_row, m_row, b_sum_hi, b_sum_lo, D, HI, LO)
+            b_hi, b_lo = b_sum_hi.to(tl.float32), b_sum_lo.to(tl.float32)
+        b_hi, b_lo, _ = normalise(b_hi, b_lo, eps, D, HI, LO)
+        if MODULATED:
+            b_hi = b_hi * (1.0 + b_scale_hi) + b_shift_hi
+            b_lo = b_lo * (1.0 + b_scale_lo) + b_shift_lo
+        # Masked columns are zero: normalise leaves zeros there, and the vectors are loaded as zeros.
+        b_most = tl.maximum(tl.max(tl.abs(b_hi), 1), tl.max(tl.abs(b_lo), 1))
+        b_row_scale = tl.maximum(b_most, 1e-12) / 448.0
+        tl.store(p_row_scale + i_b * length + o_row, b_row_scale, mask=m_row)
+        b_hi = cast(b_hi / b_row_scale[:, None], p_y.dtype.element_ty)
+        b_lo = cast(b_lo / b_row_scale[:, None], p_y.dtype.element_ty)
+        store_rows(p_y + i_b * length * D, D, o_row, m_row, b_hi, b_lo, D, HI, LO)
+
+
+def _forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    split: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = rows_contiguous(x)
+    branch, gate, shift, scale = (None if t is None else rows_contiguous(t) for t in (branch, gate, shift, scale))
+    x_new, y, row_scale = _forward_fake(x, branch, gate, shift, scale, split, eps)
+    b, length, d = x.shape
+    if x.numel():
+        launch = row_launch(d, b * length, reduces=False)
+        r = x if branch is None else branch
+        norm_modulate_fp8_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
+            x, r, x if gate is None else gate, x if shift is None else shift, x if scale is None else scale,
+            x if branch is None else x_new, y, row_scale, length, split,
+            x.stride(0), x.stride(1), r.stride(0), r.stride(1),
+            *vector_strides(gate), *vector_strides(shift), *vector_strides(scale), eps,
+            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
+            RESIDUAL=branch is not None, GATED=gate is not None, MODULATED=scale is not None,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+    return x_new, y, row_scale
+
+
+def _forward_fake(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    split: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x_new = torch.empty((0,) if branch is None else x.shape, device=x.device, dtype=x.dtype)
+    y = torch.empty(x.shape, device=x.device, dtype=FP8)
+    return x_new, y, torch.empty((*x.shape[:2], 1), device=x.device, dtype=torch.float32)
+
+
+_op = register(
+    "norm_modulate_fp8(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, int split, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+
+
+def norm_modulate_fp8(
+    x: Tensor,  # [B, L, D]
+    shift: Tensor | None = None,  # [B, D] or [B, 2, D]
+    scale: Tensor | None = None,  # as shift
+    *,
+    split: int = 0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # float8_e4m3fn [B, L, D], fp32 [B, L, 1]
+    """`norm_modulate` with its result in row-scaled fp8; arguments as there, no gradient.
+
+    Returns:
+        (values, scales): float8_e4m3fn [B, L, D] and fp32 [B, L, 1]; y is about values * scales.
+
+    Raises:
+        ValueError: a shape does not fit, or only one of shift and scale is given.
+        RuntimeError: a gradient is wanted.
+    """
+    _refuse_gradient("norm_modulate_fp8", x, shift, scale)
+    if chosen("norm_modulate_fp8", x) == "ref":
+        return norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
+    check_norm_modulate(x, shift, scale, split)
+    _, y, row_scale = _op(x, None, None, shift, scale, split, eps)
+    return y, row_scale
+
+
+def gate_residual_norm_modulate_fp8(
+    x: Tensor,  # [B, L, D]
+    branch: Tensor,  # [B, L, D]
+    gate: Tensor | None = None,  # [B, D] or [B, 2, D]
+    shift: Tensor | None = None,  # [B, D] or [B, 2, D]
+    scale: Tensor | None = None,  # as shift
+    *,
+    split: int = 0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, L, D], float8_e4m3fn [B, L, D], fp32 [B, L, 1]
+    """`gate_residual_norm_modulate` with y in row-scaled fp8; arguments as there, no gradient.
+
+    Returns:
+        (x', values, scales): x' in the dtype of x, y as float8_e4m3fn [B, L, D] and fp32 [B, L, 1].
+
+    Raises:
+        ValueError: a shape does not fit, or only one of shift and scale is given.
+        RuntimeError: a gradient is wanted.
+    """
+    _refuse_gradient("gate_residual_norm_modulate_fp8", x, branch, gate, shift, scale)
+    if chosen("gate_residual_norm_modulate_fp8", x) == "ref":
+        return gate_residual_norm_modulate_fp8_ref(x, branch, gate, shift, scale, split=split, eps=eps)
+    check_gate_residual(x, branch, gate, split)
+    check_norm_modulate(x, shift, scale, split)
+    out: tuple[Tensor, Tensor, Tensor] = _op(x, branch, gate, shift, scale, split, eps)
+    return out
+
+
+def linear_fp8_ref(
+    x: Tensor,  # float8_e4m3fn [..., D]
+    x_scale: Tensor,  # fp32 [..., 1]
+    w: Tensor,  # float8_e4m3fn [F, D]
+    w_scale: Tensor,  # fp32 [F, 1]
+    b: Tensor | None = None,  # [F]
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # [..., F]
+    """`linear_fp8` in plain PyTorch: the matrix product of the stored values in fp32, scaled afterwards."""
+    y = (x.float() @ w.float().t()) * x_scale * w_scale.flatten()
+    return (y if b is None else y + b.float()).to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def linear_fp8(
+    x: Tensor,  # float8_e4m3fn [..., D]
+    x_scale: Tensor,  # fp32 [..., 1]
+    w: Tensor,  # float8_e4m3fn [F, D]
+    w_scale: Tensor,  # fp32 [F, 1]
+    b: Tensor | None = None,  # [F]
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # [..., F]
+    """Matrix product of row-scaled fp8 matrices, accumulated in fp32; inference only.
+
+    Args:
+        x, x_scale: values [..., D] and row scales [..., 1], from the quantising norms or `quantize_rows`.
+        w, w_scale: values [F, D] and row scales [F, 1] of the weight, from `quantize_rows`.
+        b: bias [F] or None.
+        dtype: dtype of the result.
+
+    Returns:
+        [..., F] in `dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; on CUDA D and F must be multiples of 16.
+        KernelUnavailableError: the CUDA device has no fp8 matrix units.
+    """
+    d, f = x.shape[-1], w.shape[0]
+    if x.dtype != FP8 or w.dtype != FP8:
+        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; expected {FP8} (see quantize_rows)")
+    scales = (*x.shape[:-1], 1), (f, 1)
+    if w.shape != (f, d) or (tuple(x_scale.shape), tuple(w_scale.shape)) != scales:
+        raise ValueError(
+            f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)}, w {tuple(w.shape)}, w_scale {tuple(w_scale.shape)}"
+            " do not fit; expected [..., D], [..., 1], [F, D], [F, 1]"
+        )
+    if not x.is_cuda or asked("linear_fp8") == "ref" or x.numel() == 0:
+        return linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
+    if _capability(x.device.index) < (8, 9):
+        raise KernelUnavailableError("linear_fp8: this CUDA device has no fp8 matrix units (they came with 8.9)")
+    if d % 16 or f % 16:
+        raise ValueError(f"D = {d} and F = {f}; fp8 matrix products on CUDA need multiples of 16")
+    y: Tensor = torch._scaled_mm(
+        x.reshape(-1, d),
+        w.t(),
+        scale_a=x_scale.reshape(-1, 1),
+        scale_b=w_scale.t(),
+        bias=None if b is None else b.to(dtype),
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+    return y.view(*x.shape[:-1], f)
+
+
+def aot_signatures() -> list[Signature]:
+    """Every kernel of this file at the real shapes, for compilation ahead of time (compute capability 8.9 and up)."""
+    flags = {"RESIDUAL": True, "GATED": True, "MODULATED": True}
+    found = row_signatures("gate_residual_norm_modulate_fp8", norm_modulate_fp8_kernel, False, **flags)
+    flags = {"RESIDUAL": False, "GATED": False, "MODULATED": True}
+    found += row_signatures("norm_modulate_fp8", norm_modulate_fp8_kernel, False, **flags)
+    for _, types, *_ in found:
+        types["p_y"] = "*fp8e4nv"
+    return found
