@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_import_needs_neither_package() -> None:
     code = "import sys; sys.modules.update(skimage=None, sklearn=None, torchvision=None); import flowmo.data"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, sys.path))  # pytest's, which hold where the project is not installed
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths})
 
 
 def test_batches_have_the_promised_form_and_are_crops() -> None:
