@@ -191,7 +191,7 @@ def aot_signatures() -> list[Signature]:
     """bf16 velocities and an fp32 state, for compilation without a card."""
     types = {f"p_{name}": "*fp32" for name in ("z", "next", "dnext", "dz")}
     types |= {f"p_{name}": "*bf16" for name in ("v", "null", "copy", "dcopy", "dv", "dnull")}
-    types |= {"dt": "fp32", "w": "fp32", "total": "i32"}
+    types |= {"dt": "fp32", "w": "fp32", "total": "i32:16"}
     signatures: list[Signature] = []
     for guided in (False, True):
         label = "guided" if guided else "plain"
