@@ -190,9 +190,11 @@ def signature_of(kernel: Any, types: dict[str, str], constants: dict[str, Any]) 
 def signature(
     kernel: Any, kinds: dict[str, str], constants: dict[str, Any], num_warps: int, num_stages: int, label: str
 ) -> Signature:
-    """Types of arguments not named in `kinds`: pointers ``p_*`` are bf16, everything else int32."""
-
-    types = {name: "*bf16" if name[:2] == "p_" else "i32" for name in kernel.arg_names} | kinds
+    """Types of arguments not named in `kinds`: pointers ``p_*`` are bf16, strides multiples of 16, the rest int32."""
+    types = {
+        name: "*bf16" if name.startswith("p_") else "i32:16" if name.startswith("stride_") else "i32"
+        for name in kernel.arg_names
+    } | kinds
     return kernel, signature_of(kernel, types, constants), constants, num_warps, num_stages, label
 
 
