@@ -1,0 +1,52 @@
+"""`pytest bench/`: every case once through pytest-benchmark.
+
+On a CPU the sizes are small and the references run: the numbers say that the benches work and nothing about a card.
+On a card the sizes are FlowMo-Lo's and the kernels of `auto` run; bench/ops.py gives the full table.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cases import CARD, CPU, Case, cases, tensors
+from bench.timing import percentiles, time_on_cpu
+
+ON_CARD = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CARD else "cpu"
+CASES = cases(CARD if ON_CARD else CPU)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.shape}".replace(" ", "_"))
+def test_case(case: Case, benchmark) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    inputs = case.make(DEVICE)
+
+    def run() -> object:
+        result = case.call(*inputs)
+        if ON_CARD:
+            torch.cuda.synchronize()
+        return result
+
+    benchmark.extra_info["note"] = "card, FlowMo-Lo sizes" if ON_CARD else "CPU, small sizes: no performance claim"
+    benchmark.pedantic(run, rounds=5, iterations=1, warmup_rounds=1)
+    results = [t for t in (*tensors(run()), *tensors(inputs)) if t.is_floating_point()]
+    assert all(torch.isfinite(t).all() for t in results)
+
+
+def test_every_op_of_the_dispatch_table_has_a_case() -> None:
+    from flowmo_kernels._dispatch import OPS
+
+    fp8 = {op for op in OPS if op.endswith("fp8")}
+    assert {case.op for case in CASES} == set(OPS) - fp8
+
+
+def test_percentiles_are_ordered_and_of_the_samples() -> None:
+    t = percentiles([5.0, 1.0, 4.0, 2.0, 3.0], captured=False)
+    assert (t.p20, t.p50, t.p80) == (2.0, 3.0, 5.0)
+
+
+def test_cpu_clock_measures_the_call() -> None:
+    calls = []
+    t = time_on_cpu(calls.append, [(1,), (2,)], repeats=3)
+    assert calls == [1, 1, 2, 1] and 0 <= t.p20 <= t.p80
