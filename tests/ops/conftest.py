@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from flowmo_kernels._dispatch import why_no_cuda, why_no_triton
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from flowmo_kernels import use
 from torch import Tensor
+
+from flowmo_kernels import use
 
 Function = Callable[..., Any]
 
@@ -31,7 +32,7 @@ def sliced(x: Tensor, margin: int = 3) -> Tensor:
     return view
 
 
-def _run(function: Function, inputs: Sequence[Any], fp64: bool, upstream_seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def _run(function: Function, inputs: Sequence[Any], fp64: bool, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of a function, and the gradients of its float inputs for random upstream gradients."""
     leaves = []
     for x in inputs:
@@ -44,10 +45,12 @@ def _run(function: Function, inputs: Sequence[Any], fp64: bool, upstream_seed: i
     upstream = []
     for i, y in enumerate(outputs):
         # Drawn in bf16 so that all dtypes get the same numbers.
-        dy = random(*y.shape, dtype=torch.bfloat16, seed=upstream_seed + i)
+        dy = random(*y.shape, dtype=torch.bfloat16, seed=seed + i)
         upstream.append(dy.to(y.device, y.dtype))
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted and outputs[0].requires_grad else ()
+    if not torch.is_grad_enabled():
+        return outputs, []
+    gradients = torch.autograd.grad(outputs, wanted, upstream)
     for x, g in zip(wanted, gradients, strict=True):
         assert g.dtype == x.dtype and g.shape == x.shape, f"gradient {g.dtype} {g.shape} of {x.dtype} {x.shape}"
     return [y.detach() for y in outputs], list(gradients)

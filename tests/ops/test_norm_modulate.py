@@ -4,13 +4,15 @@ from importlib import import_module
 
 import pytest
 import torch
-from flowmo_kernels import _rows, norm_modulate, norm_modulate_ref, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flowmo_kernels import _rows, norm_modulate, norm_modulate_ref, use
+
 from .oracle import compiles, judge, random, sliced
 
+Shape = tuple[int, int, int, int]
 DTYPES = [torch.float32, torch.bfloat16]
 # B, L, D, split
 SHAPES = [(2, 1, 8, 0), (2, 7, 96, 3), (1, 13, 37, 13), (3, 4, 1, 1), (0, 4, 16, 2)]
@@ -18,7 +20,7 @@ REAL = [(2, 4352, 1152, 256), (2, 4352, 768, 256)]
 
 
 def make(
-    shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype, mods: torch.dtype = torch.float32, device: str = "cpu"
+    shape: Shape, kind: str, dtype: torch.dtype, mods: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[list[Tensor | None], int]:
     """x, shift, scale and split; kind is "plain", "one" stream or "two" streams."""
     b, length, d, split = shape
@@ -30,7 +32,7 @@ def make(
     return [x, shift, scale], split if kind == "two" else 0
 
 
-def run(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype, implementation: str, **options: object) -> None:
+def run(shape: Shape, kind: str, dtype: torch.dtype, implementation: str, **options: object) -> None:
     (x, shift, scale), split = make(shape, kind, dtype, **options)  # type: ignore[arg-type]
     judge(
         lambda *a: norm_modulate(*a, split=split),
@@ -45,7 +47,7 @@ def run(shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype, impleme
 @pytest.mark.parametrize("kind", ["plain", "one", "two"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_oracle(
-    shape: tuple[int, int, int, int], kind: str, dtype: torch.dtype, implementation: str, device: str
+    shape: Shape, kind: str, dtype: torch.dtype, implementation: str, device: str
 ) -> None:
     run(shape, kind, dtype, implementation, device=device)
 
@@ -53,7 +55,7 @@ def test_against_oracle(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["plain", "two"])
 @pytest.mark.parametrize("shape", REAL)
-def test_real_shapes(shape: tuple[int, int, int, int], kind: str, implementation: str) -> None:
+def test_real_shapes(shape: Shape, kind: str, implementation: str) -> None:
     run(shape, kind, torch.bfloat16, implementation, device="cuda")
 
 

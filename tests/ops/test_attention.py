@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flowmo_kernels import KernelUnavailableError, attention_backend, joint_attention, joint_attention_ref, use
+from flowmo_kernels import attention as module
+
+from .oracle import compare, compiles, judge, random, sliced
+
+triton_module = import_module("flowmo_kernels.attention_triton")
+Shape = tuple[int, int, int, int]
+DTYPES = [torch.float32, torch.bfloat16]
+# B, L, H, d: one token, tails in every tile, 64 + 32 channels, whole tiles, no image
+SHAPES = [(1, 1, 1, 2), (2, 19, 2, 12), (1, 50, 1, 96), (1, 64, 1, 64), (0, 4, 2, 8)]
+REAL = [(1, 4352, 12, 96), (1, 4352, 12, 64), (1, 4351, 2, 96)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 32 and 16 rows, so that short sequences take several of them."""
+    whole = triton_module.blocks
+
+    def small(d: int, length: int, itemsize: int) -> object:
+        sizes = whole(d, length, itemsize)
+        return sizes._replace(forward=(32, 16, 4, 1), dkdv=(16, 32, 4, 1), dq=(32, 16, 4, 1))
+
+    monkeypatch.setattr(triton_module, "blocks", small)
+
+
+def make(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """q, k, v as views of one buffer, q and k of unit RMS in each head as the query-key norm leaves them."""
+    b, length, h, d = shape
+    qkv = random(b, length, 3, h, d, device=device)
+    qkv[:, :, :2] *= qkv[:, :, :2].square().mean(-1, keepdim=True).rsqrt()
+    return list(sliced(qkv.to(dtype), margin=2).unbind(2))
+
+
+def run(shape: Shape, dtype: torch.dtype, bound: float | None, device: str = "cpu") -> None:
+    scale = 8 / shape[3]
+    judge(
+        lambda *a: joint_attention(*a, scale, backend="triton", logit_bound=bound),
+        lambda *a: joint_attention_ref(*a, scale),
+        make(shape, dtype, device),
+        "auto",
+        terms=shape[1] + shape[3],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bound", [None, 8.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_against_oracle(shape: Shape, bound: float | None, dtype: torch.dtype, device: str) -> None:
+    run(shape, dtype, bound, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bound", [None, 8.0])
+@pytest.mark.parametrize("shape", REAL)
+def test_triton_real_shapes(shape: Shape, bound: float | None) -> None:
+    run(shape, torch.bfloat16, bound, "cuda")
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(st.integers(1, 2), st.integers(1, 70), st.integers(1, 2), st.integers(1, 100), st.data())
+def test_triton_random_shapes(b: int, length: int, h: int, d: int, data: st.DataObject) -> None:
+    bound, dtype = data.draw(st.sampled_from([None, 8.0])), data.draw(st.sampled_from(DTYPES))
+    run((b, length, h, d), dtype, bound, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_large_logits(device: str) -> None:
+    """Logits of hundreds need the running maximum; a bound that large is therefore not acted upon."""
+    q, k, v = make((1, 40, 1, 16), torch.float32, device)
+    q = q * 40
+    outputs = [joint_attention(q, k, v, 0.5, backend="triton", logit_bound=b) for b in (None, 320.0)]
+    oracle = joint_attention_ref(q.double(), k.double(), v.double(), 0.5)
+    compare("large logits", outputs[0], joint_attention_ref(q, k, v, 0.5), oracle, 2.0, terms=64)
+    assert torch.equal(*outputs)
+    assert not triton_module.is_bounded(8.0, torch.float16)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_gradient_with_strides(device: str) -> None:
+    """An upstream gradient of one number, with stride 0 along every axis."""
+    qkv = torch.stack(make((1, 20, 2, 16), torch.float32, device), 2)
+    grads = []
+    for backend in ("triton", "sdpa"):
+        leaf = qkv.detach().requires_grad_()
+        y = joint_attention(*leaf.unbind(2), 0.5, backend=backend)
+        grads.append(torch.autograd.grad(y.sum(), leaf)[0])
+    torch.testing.assert_close(*grads, rtol=0, atol=2**-23 * 36**0.5 * grads[1].abs().max().item())
+
+
+def test_output_layout(device: str) -> None:
+    q, k, v = make((2, 5, 3, 8), torch.float32, device)
+    for backend in ("auto", "math", "sdpa", "triton"):
+        o = joint_attention(q, k, v, 1.0, backend=backend)
+        assert o.is_contiguous() and o.shape == q.shape
+
+
+def backends_here() -> list[str]:
+    probe = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+    return [b for b in module.BACKENDS if b == "auto" or module.why_not(b, probe) is None]
+
+
+@pytest.mark.parametrize("backend", backends_here())
+def test_every_backend_computes_the_same(backend: str, device: str) -> None:
+    shape = (1, 33, 2, 64)
+    judge(
+        lambda *a: joint_attention(*a, 8 / 64, backend=backend),
+        lambda *a: joint_attention_ref(*a, 8 / 64),
+        make(shape, torch.bfloat16, device),
+        "auto",
+        terms=100,
+    )
+
+
+def test_says_which_backend_runs() -> None:
+    q, k, v = make((1, 4, 1, 8), torch.float32)
+    assert attention_backend(q, k, v) == "sdpa"
+    assert attention_backend(q, k, v, backend="math") == "math"
+    with use("ref"):
+        assert attention_backend(q, k, v) == "sdpa"
+    if not torch.cuda.is_available():
+        with use(joint_attention="triton"):
+            assert attention_backend(q, k, v) == "triton"
+
+
+@pytest.mark.gpu
+def test_automatic_choice_on_a_card() -> None:
+    half = make((1, 64, 2, 64), torch.bfloat16, "cuda")
+    single = make((1, 64, 2, 64), torch.float32, "cuda")
+    assert attention_backend(*half) in ("fa3", "cudnn", "fa2", "flash")
+    assert attention_backend(*single) in ("efficient", "xformers")
+    assert attention_backend(*make((1, 64, 2, 12), torch.float64, "cuda")) == "math"
+    leaves = [t.detach().requires_grad_() for t in half]
+    assert attention_backend(*leaves) in ("fa2", "flash")  # deterministic algorithms are asked for in these tests
+
+
+def test_missing_backends_are_errors_with_a_reason() -> None:
+    q, k, v = make((1, 4, 1, 8), torch.float32)
+    for backend, reason in (("cudnn", "CUDA devices only"), ("efficient", "CUDA devices only")):
+        with pytest.raises(KernelUnavailableError, match=reason):
+            joint_attention(q, k, v, 1.0, backend=backend)
+    for backend, package in (("fa3", "flash_attn_interface"), ("fa2", "flash_attn"), ("xformers", "xformers")):
+        if not module._PACKAGES[package]:
+            with pytest.raises(KernelUnavailableError, match=f"{package} is not installed"):
+                joint_attention(q, k, v, 1.0, backend=backend)
+    with pytest.raises(KernelUnavailableError, match="at most 128 channels"):
+        joint_attention(*make((1, 4, 1, 130), torch.float32), 1.0, backend="triton")
+
+
+def test_bad_input() -> None:
+    q, k, v = make((1, 4, 1, 8), torch.float32)
+    with pytest.raises(ValueError, match="did you mean 'flash'"):
+        joint_attention(q, k, v, 1.0, backend="flahs")
+    with pytest.raises(ValueError, match=r"expected one shape \[B, L, H, d\] and one dtype"):
+        joint_attention(q, k[:, :2], v, 1.0)
+    with pytest.raises(ValueError, match="expected one shape"):
+        joint_attention(q, k.bfloat16(), v, 1.0)
+    with pytest.raises(ValueError, match="scale = 0"):
+        joint_attention(q, k, v, 0.0)
+
+
+def test_library_ops(device: str) -> None:
+    q, k, v = make((1, 5, 2, 16), torch.float32, device)
+    ops = torch.ops.flowmo_kernels
+    torch.library.opcheck(ops.attention_triton.default, (q, k, v, 0.5, False))
+    o, lse = ops.attention_triton(q, k, v, 0.5, False)
+    torch.library.opcheck(ops.attention_triton_backward.default, (o.clone(), q, k, v, o, lse, 0.5))
+
+
+@pytest.mark.parametrize("backend", ["auto", "math", "triton"])
+def test_compiles(backend: str, device: str) -> None:
+    inputs = make((1, 5, 2, 16), torch.float32, device)
+    compiles(lambda *a: joint_attention(*a, 0.5, backend=backend, logit_bound=8.0), inputs, "auto")
+
+
+@pytest.mark.gpu
+def test_triton_same_bits_every_time() -> None:
+    leaves = [t.detach().requires_grad_() for t in make(REAL[0], torch.bfloat16, "cuda")]
+    runs = []
+    for _ in range(2):
+        y = joint_attention(*leaves, 8 / 96, backend="triton", logit_bound=8.0)
+        runs.append(torch.autograd.grad(y.square().sum(), leaves))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowmo_kernels
+from flowmo_kernels import KernelUnavailableError, _dispatch, chosen, describe, use
+from flowmo_kernels._triton import HAS_TRITON, INTERPRETED, cast, jit, tl
+
+from .oracle import random
+
+PACKAGE = Path(flowmo_kernels.__file__).parent
+CPU = torch.zeros(1)
+no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA card")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds this package."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLOWMO_KERNELS")}
+    variables |= {"PYTHONPATH": str(PACKAGE.parent), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def test_kernels_never_import_the_model() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for name in imports(path):
+            assert name.partition(".")[0] not in ("flowmo", "bench", "tests"), f"{path.name} imports {name}"
+
+
+def test_imports_without_triton() -> None:
+    done = python("""
+import importlib.util, sys
+from importlib.machinery import PathFinder
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.partition(".")[0] == "triton" else find(name, *a)
+sys.meta_path.insert(0, Blocker())
+import torch, flowmo_kernels as fk
+assert "triton" not in sys.modules
+x = torch.randn(1, 3, 8, requires_grad=True)
+fk.norm_modulate(x).sum().backward()
+fk.joint_attention(x[None], x[None], x[None], 1.0)
+print(fk.describe())
+try:
+    fk.use("triton").__enter__()
+except fk.KernelUnavailableError as error:
+    print(error)
+""")
+    assert done.returncode == 0, done.stderr
+    assert "triton was asked for, but the package triton is not installed" in done.stdout
+
+
+def test_cpu_tensors_take_the_reference() -> None:
+    for op in _dispatch.OPS:
+        for implementation in ("auto", "ref"):
+            with use(implementation):
+                assert chosen(op, CPU) == "ref"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="says what happens where Triton is interpreted")
+def test_interpreted_triton_must_be_asked_for() -> None:
+    with use("triton"):
+        for op, implementations in _dispatch.OPS.items():
+            assert chosen(op, CPU) == ("triton" if "triton" in implementations else "ref")
+        with use(norm_modulate="ref"):
+            assert chosen("norm_modulate", CPU) == "ref" and chosen("gate_residual", CPU) == "triton"
+        assert chosen("norm_modulate", CPU) == "triton"
+        with use("auto"):
+            assert chosen("norm_modulate", CPU) == "ref"
+    assert chosen("norm_modulate", CPU) == "ref"
+
+
+def test_context_is_left_on_an_error() -> None:
+    with pytest.raises(RuntimeError, match="inside"), use("ref"):
+        raise RuntimeError("inside")
+    assert "kernels: auto" in describe()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_cuda_tensors_take_triton() -> None:
+    x = torch.zeros(1, device="cuda")
+    for op, implementations in _dispatch.OPS.items():
+        expected = "triton" if "triton" in implementations and op not in _dispatch.NOT_IN_AUTO else "ref"
+        assert chosen(op, x) == expected
+    with use("triton"):
+        assert chosen("norm_modulate", CPU) == "ref"
+
+
+@no_card
+def test_missing_implementations_are_errors_with_a_reason() -> None:
+    with pytest.raises(KernelUnavailableError, match="cuda was asked for, but "), use("cuda"):
+        pass
+    with pytest.raises(KernelUnavailableError, match="lfq: cuda was asked for, but "), use(lfq="cuda"):
+        pass
+    with pytest.raises(KernelUnavailableError, match="linear_gelu has no cuda implementation"), use(linear_gelu="cuda"):
+        pass
+    done = python("""
+import flowmo_kernels as fk
+try:
+    fk.use("triton").__enter__()
+except fk.KernelUnavailableError as error:
+    print(error)
+""")
+    assert "no CUDA device, and TRITON_INTERPRET=1 was not set" in done.stdout, done.stderr
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="did you mean 'norm_modulate'"), use(norm_modulat="ref"):
+        pass
+    with pytest.raises(ValueError, match="'tritn' is not one of auto, ref, triton, cuda"), use("tritn"):
+        pass
+
+
+def test_environment() -> None:
+    assert _dispatch.parse("auto, lfq=cuda") == ("auto", {"lfq": "cuda"})
+    assert _dispatch.parse("") == ("auto", {})
+    code = "import torch, flowmo_kernels as fk; x = torch.zeros(1); print(fk.chosen('lfq', x), fk.chosen('ema', x))"
+    done = python(code, FLOWMO_KERNELS="triton,ema=ref", TRITON_INTERPRET="1")
+    assert done.stdout.split() == ["triton", "ref"], done.stderr
+    done = python(code, FLOWMO_KERNELS="trition")
+    assert done.returncode != 0 and "'trition' is not one of auto" in done.stderr
+
+
+@no_card
+def test_description_is_one_line_with_reasons() -> None:
+    with use(lfq="ref"):
+        text = describe()
+    assert "\n" not in text and text.startswith("kernels: auto,lfq=ref on CPU") and "no cuda: " in text
+
+
+@jit
+def _cast_kernel(p_x, p_y, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p_y + o, cast(tl.load(p_x + o), p_y.dtype.element_ty))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_cast_rounds_to_nearest_even(dtype: torch.dtype, device: str) -> None:
+    """Numbers on both sides of ties, ties themselves, subnormals and zeros, as PyTorch rounds them."""
+    if device == "cuda" and dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite() & (codes.abs() < 448)]
+    steps = torch.linspace(0, 1, 17)[:, None] * 2.0**-3
+    x = torch.cat([(codes * (1 + steps)).flatten(), random(3900), torch.tensor([0.0, -0.0, 2**-9, 2**-10])])
+    x = x.clamp(-448, 448)
+    x = torch.cat([x, torch.zeros(8192 - x.numel())]).to(device)
+    y = torch.empty(8192, dtype=dtype, device=device)
+    _cast_kernel[(1,)](x, y, N=8192)
+    assert torch.equal(y.float(), x.to(dtype).float())
