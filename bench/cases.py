@@ -69,7 +69,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def with_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
-    """call and the gradients of its float inputs; the upstream gradient is the outputs themselves, random as they are."""
+    """call and the gradients of its float inputs; the upstream gradient is the outputs themselves."""
 
     def run(*inputs: Any) -> Any:
         wanted = [t for t in tensors(inputs) if t.requires_grad]
