@@ -119,28 +119,31 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto")
         raise ValueError(f"no attention backend is called {backend!r}{hint} (there are {', '.join(BACKENDS)})")
     if backend == "auto":
         choice = asked("joint_attention")
-        if choice == "triton" and why_not("triton", q) is None:
+        if choice == "triton" and why_not("triton", q) is None and q.shape == k.shape:
             return "triton"
         return "sdpa" if choice == "ref" else _automatic(q, wants_grad(q, k, v))
     reason = why_not(backend, q)
+    if backend == "triton" and q.shape != k.shape:
+        reason = f"its kernels need as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
     if reason is not None:
         raise KernelUnavailableError(f"attention backend {backend!r} was asked for, but {reason}")
     return backend
 
 
 def joint_attention(
-    q: Tensor,  # [B, L, H, d]
+    q: Tensor,  # [B, M, H, d]
     k: Tensor,  # [B, L, H, d]
     v: Tensor,  # [B, L, H, d]
     scale: float,
     *,
     backend: str = "auto",
     logit_bound: float | None = None,
-) -> Tensor:  # [B, L, H, d], contiguous
+) -> Tensor:  # [B, M, H, d], contiguous
     """softmax(scale * q k^T) v for every image and head.
 
     Args:
-        q, k, v: [B, L, H, d], one dtype, contiguous channels; views such as ``qkv.unbind(2)`` are taken as they are.
+        q: [B, M, H, d]; M = L, or fewer queries where only some tokens' outputs are read (the last block).
+        k, v: [B, L, H, d]; one dtype, contiguous channels; views such as ``qkv.unbind(2)`` are taken as they are.
         scale: factor of the logits, positive; 8 / d in FlowMo.
         backend: "auto" chooses by device, installed packages, dtype, shape and need of a gradient; or "fa3", "fa2",
             "xformers", "cudnn", "flash", "efficient", "math", "sdpa" (PyTorch chooses) or "triton" (the kernels of
@@ -149,15 +152,16 @@ def joint_attention(
             and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small.
 
     Returns:
-        o [B, L, H, d], contiguous, so that ``o.flatten(2)`` is a view.
+        o [B, M, H, d], contiguous, so that ``o.flatten(2)`` is a view.
 
     Raises:
         ValueError: shapes or dtypes differ, scale is not positive, or no such backend.
         KernelUnavailableError: the backend was named and cannot run here; the message says why.
     """
-    if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+    fits = q.dim() == 4 and k.shape == v.shape and q.shape[:1] + q.shape[2:] == k.shape[:1] + k.shape[2:]
+    if not fits or not q.dtype == k.dtype == v.dtype:
         shapes = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"{shapes}; expected one shape [B, L, H, d] and one dtype")
+        raise ValueError(f"{shapes}; expected q [B, M, H, d], k and v [B, L, H, d] and one dtype")
     if not scale > 0:
         raise ValueError(f"scale = {scale}; expected a positive factor such as 8 / {q.shape[-1]}")
     name = attention_backend(q, k, v, backend=backend)
