@@ -22,7 +22,7 @@ for folder in (ROOT, ROOT / "kernels"):
 
 import torch  # noqa: E402
 
-from bench.cases import CARD, UNCOMPARED, Case, cases, tensors  # noqa: E402
+from bench.cases import CARD, UNCOMPARED, Case, cases, tensors, with_gradients  # noqa: E402
 from bench.timing import Peaks, environment, measure_peaks, rotations, time_on_card  # noqa: E402
 from flowmo_kernels import KernelUnavailableError, use  # noqa: E402
 from flowmo_kernels._dispatch import OPS  # noqa: E402
@@ -42,9 +42,9 @@ def under(op: str, implementation: str, call: Callable[..., Any]) -> Callable[..
 
 def providers(case: Case) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Name and call of everything that can run the case here."""
-    reference = under(case.op, "ref", case.call)
-    yield "ref", reference
-    yield "compile", torch.compile(reference, dynamic=False)
+    yield "ref", under(case.op, "ref", case.call)
+    compiled = torch.compile(case.forward, dynamic=False)
+    yield "compile", under(case.op, "ref", with_gradients(compiled) if case.variant == "backward" else compiled)
     for implementation in OPS[case.op]:
         try:
             with use(**{case.op: implementation}):
@@ -62,13 +62,13 @@ def results_of(call: Callable[..., Any], inputs: tuple[Any, ...]) -> list[torch.
     return [t.detach().float().clone() for t in (*outputs, *tensors(inputs)) if t.is_floating_point()]
 
 
-def disagreement(case: Case, call: Callable[..., Any]) -> float:
+def disagreement(case: Case, call: Callable[..., Any], device: str) -> float:
     """Largest relative error of a tensor against the reference on the same random inputs."""
     worst = 0.0
     results = []
     for run in (under(case.op, "ref", case.call), call):
         torch.manual_seed(0)
-        results.append(results_of(run, case.make("cuda")))
+        results.append(results_of(run, case.make(device)))
     for want, got in zip(*results):
         if want.shape != got.shape or not torch.isfinite(got).all():
             return float("inf")
@@ -80,7 +80,7 @@ def disagreement(case: Case, call: Callable[..., Any]) -> float:
 def row_of(case: Case, provider: str, call: Callable[..., Any], peaks: Peaks, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {"op": case.op, "pass": case.variant, "shape": case.shape, "provider": provider}
     if provider != "ref" and provider not in UNCOMPARED:
-        error = disagreement(case, call)
+        error = disagreement(case, call, "cuda")
         row["error"] = f"{error:.2e}"
         if error > AGREEMENT:
             return row | {"status": "wrong"}

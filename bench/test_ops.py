@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bench.cases import CARD, CPU, Case, cases, tensors
-from bench.timing import percentiles, time_on_cpu
 
 ON_CARD = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CARD else "cpu"
@@ -32,21 +31,3 @@ def test_case(case: Case, benchmark) -> None:  # type: ignore[no-untyped-def]
     benchmark.pedantic(run, rounds=5, iterations=1, warmup_rounds=1)
     results = [t for t in (*tensors(run()), *tensors(inputs)) if t.is_floating_point()]
     assert all(torch.isfinite(t).all() for t in results)
-
-
-def test_every_op_of_the_dispatch_table_has_a_case() -> None:
-    from flowmo_kernels._dispatch import OPS
-
-    fp8 = {op for op in OPS if op.endswith("fp8")}
-    assert {case.op for case in CASES} == set(OPS) - fp8
-
-
-def test_percentiles_are_ordered_and_of_the_samples() -> None:
-    t = percentiles([5.0, 1.0, 4.0, 2.0, 3.0], captured=False)
-    assert (t.p20, t.p50, t.p80) == (2.0, 3.0, 5.0)
-
-
-def test_cpu_clock_measures_the_call() -> None:
-    calls = []
-    t = time_on_cpu(calls.append, [(1,), (2,)], repeats=3)
-    assert calls == [1, 1, 2, 1] and 0 <= t.p20 <= t.p80

@@ -222,12 +222,14 @@ BLOCK = 1024
 
 
 @lru_cache(maxsize=16)
-def _chunks(shapes: tuple[tuple[int, ...], ...], rows: bool, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+def _chunks(
+    shapes: tuple[tuple[int, ...], ...], rows: bool, most: int, device: torch.device
+) -> tuple[Tensor, Tensor, bool]:
     """Chunks [n, 3] (tensor, first element, length), first chunk of each tensor [tensors + 1], all a multiple of 4."""
     chunks, first, aligned = [], [0], True
     for i, shape in enumerate(shapes):
         numel = torch.Size(shape).numel()
-        length = max(numel // shape[0], 1) if rows and numel else CHUNK
+        length = max(numel // shape[0], 1) if rows and numel else most
         chunks += [(i, start, min(length, numel - start)) for start in range(0, numel, length)]
         first.append(len(chunks))
         aligned = aligned and length % 4 == 0 and numel % 4 == 0
@@ -263,7 +265,7 @@ def _update(
     device = weights[0].device
     hold = "none" if not norms else "rows" if per_channel else "whole"
     shapes = tuple(tuple(w.shape) for w in weights)
-    chunks, first, aligned = _chunks(shapes, hold == "rows", device)
+    chunks, first, aligned = _chunks(shapes, hold == "rows", CHUNK, device)
     if not len(chunks):
         return
     columns = [

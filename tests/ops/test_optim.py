@@ -114,10 +114,8 @@ def test_several_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch, device: str)
     """Weights longer than a chunk, chunks longer than a block, both with tails."""
     monkeypatch.setattr(module, "CHUNK", 96)
     monkeypatch.setattr(module, "BLOCK", 32)
-    module._chunks.cache_clear()
     for hold in ("whole", "rows"):
         judge_adam("triton", device, hold=hold, average=True, shapes=[(9, 43), (97,), (3, 32)], steps=2)
-    module._chunks.cache_clear()
 
 
 def test_unaligned_weights(implementation: str, device: str) -> None:
