@@ -7,6 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #ifdef FLOWMO_HOST_EXECUTOR
 #include "executor.h"

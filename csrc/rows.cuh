@@ -10,51 +10,10 @@
 // registers; a second kernel adds the chunks in a fixed order.
 #pragma once
 
-#include "common.cuh"
+#include "reduce.cuh"
+#include "views.cuh"
 
 namespace flowmo {
-
-// One [B, L, D] tensor whose last dimension is contiguous; strides count elements.
-struct Rows {
-    int64_t address, batch_stride, row_stride;
-    bool aligned;  // every row starts on 16 bytes
-
-    template <typename T>
-    __device__ T* row(int64_t batch, int64_t index) const {
-        return address_of<T>(address) + batch * batch_stride + index * row_stride;
-    }
-};
-
-// One table [B, D] or [B, 2, D] of modulation vectors; address 0 stands for "not there".
-struct Table {
-    int64_t address, batch_stride, stream_stride;
-    int dtype;
-    bool aligned;
-
-    template <int N>
-    __device__ void load(int64_t batch, int stream, int start, int count, float (&v)[N]) const {
-        load_numbers<N>(address_of<const void>(address), dtype,
-                        batch * batch_stride + stream * stream_stride + start, count, aligned, v);
-    }
-    __device__ float at(int64_t batch, int stream, int i) const {
-        return load_number(address_of<const void>(address), dtype,
-                           batch * batch_stride + stream * stream_stride + i);
-    }
-};
-
-inline int64_t number_size(int64_t dtype) { return dtype == FP32 ? 4 : 2; }
-
-inline Rows make_rows(int64_t address, int64_t batch_stride, int64_t row_stride, int64_t dtype) {
-    const int64_t size = number_size(dtype);
-    return {address, batch_stride, row_stride,
-            is_aligned(address) && is_aligned(batch_stride * size) && is_aligned(row_stride * size)};
-}
-
-inline Table make_table(int64_t address, int64_t batch_stride, int64_t stream_stride, int64_t dtype) {
-    const int64_t size = number_size(dtype);
-    return {address, batch_stride, stream_stride, static_cast<int>(dtype),
-            is_aligned(address) && is_aligned(batch_stride * size) && is_aligned(stream_stride * size)};
-}
 
 struct ForwardArguments {
     Rows x, branch, sum, y;  // sum is x'
@@ -461,44 +420,6 @@ __global__ void __launch_bounds__(WIDE_THREADS) rows_backward_wide(BackwardArgum
                 }
             }
         }
-    }
-}
-
-// ---- second stage: adds the chunks of an image and stream in a fixed order ---------------------------------------
-
-struct ReduceArguments {
-    int64_t partial;     // [B, chunks, sums, D] float32
-    int64_t outputs[3];  // one [B, streams, D] float32 per sum; 0 when not wanted
-    int streams[3];
-    int chunks, chunks_before, sums, width;
-};
-
-constexpr int REDUCE_ROWS = 8;
-
-static __global__ void __launch_bounds__(WARP* REDUCE_ROWS) reduce_chunks(ReduceArguments p) {
-    SHARED_ARRAY(float, part, REDUCE_ROWS * WARP);
-    const int column = blockIdx.x * WARP + threadIdx.x % WARP;
-    const int lane = threadIdx.x / WARP;
-    const int64_t batch = blockIdx.y / 2;
-    const int stream = blockIdx.y % 2, which = blockIdx.z;
-    // Not p.streams[which]: indexing an argument by a variable would copy it to local memory.
-    const int streams = which == 0 ? p.streams[0] : which == 1 ? p.streams[1] : p.streams[2];
-    const int64_t output = which == 0 ? p.outputs[0] : which == 1 ? p.outputs[1] : p.outputs[2];
-    if (stream >= streams || output == 0) return;
-    const int begin = stream == 1 ? p.chunks_before : 0;
-    const int end = streams == 2 && stream == 0 ? p.chunks_before : p.chunks;
-    float total = 0.0f;
-    if (column < p.width) {
-        const float* const partial = address_of<const float>(p.partial);
-        for (int c = begin + lane; c < end; c += REDUCE_ROWS) {
-            total += partial[((batch * p.chunks + c) * p.sums + which) * p.width + column];
-        }
-    }
-    part[threadIdx.x] = total;
-    __syncthreads();
-    if (lane == 0 && column < p.width) {
-        for (int r = 1; r < REDUCE_ROWS; ++r) total += part[r * WARP + threadIdx.x];
-        address_of<float>(output)[(batch * streams + stream) * p.width + column] = total;
     }
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmo_kernels import _ext
 from tests.cuda.host import build
-from tests.cuda.host.executor import HostExecutor, same_bits
+from tests.cuda.host.executor import SCHEDULES, HostExecutor, same_bits
 
 CSRC = build.CSRC
 
@@ -55,14 +55,22 @@ class Machine:
     def __init__(self, executor: HostExecutor | None) -> None:
         self.executor = executor
 
-    def __call__(self, body: Body, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """body(*tensors), each result on the CPU; on the host under every schedule, which must agree bit for bit."""
+    def __call__(self, body: Body, *tensors: Tensor | None, schedules: int | None = None) -> tuple[Tensor, ...]:
+        """body(*tensors), each result on the CPU; on the host under every schedule, which must agree bit for bit.
+
+        Args:
+            body: called anew with copies of the tensors for each schedule.
+            tensors: on the CPU; strides, alignment and surroundings in their storage are kept.
+            schedules: only the first so many, for large cases.
+        """
         if self.executor is None:
             outputs = body(*(None if t is None else _on_card(t) for t in tensors))
             torch.cuda.synchronize()
             return tuple(t.cpu() for t in outputs)
         with _ext.launching_with(self.executor):
-            first, *others = self.executor.run_all(lambda: body(*(None if t is None else _copied(t) for t in tensors)))
+            first, *others = self.executor.run_all(
+                lambda: body(*(None if t is None else _copied(t) for t in tensors)), SCHEDULES[:schedules]
+            )
         for schedule, other in enumerate(others, 1):
             for i, (a, b) in enumerate(zip(first, other)):
                 assert same_bits(a, b), f"result {i} differs under schedule {schedule}: a race or uninitialised memory"

@@ -130,7 +130,7 @@ Fibre* current = nullptr;
 Index block_at{}, block_dim{}, grid_dim{};
 std::vector<SharedArray> shared_arrays;
 void* dynamic_memory = nullptr;
-size_t shared_used = 0, shared_allowed = 0;
+size_t shared_used = 0, shared_limit = 0;  // static and dynamic
 const std::function<void()>* kernel_body = nullptr;
 std::unordered_map<const void*, size_t> consents;
 std::mt19937_64 randomness;
@@ -306,7 +306,7 @@ void* shared_array(const void* key, size_t bytes) {
         if (array.key == key) return array.memory;
     }
     shared_used += bytes;
-    if (shared_used > std::max(SHARED_WITHOUT_CONSENT, shared_allowed)) fail("more shared memory than a block may have");
+    if (shared_used > shared_limit) fail("more shared memory than a block may have");
     shared_arrays.push_back({key, filled(bytes), bytes});
     return shared_arrays.back().memory;
 }
@@ -324,8 +324,9 @@ int launch(Grid grid, Grid block, size_t shared_bytes, const void* kernel, const
         grid.z > 65535 || grid.x > 0x7fffffffu) {
         return INVALID_CONFIGURATION;
     }
-    shared_allowed = consents.count(kernel) ? consents[kernel] : 0;
-    if (shared_bytes > std::max(SHARED_WITHOUT_CONSENT, shared_allowed)) return INVALID_VALUE;
+    const size_t consent = consents.count(kernel) ? consents[kernel] : 0;
+    if (shared_bytes > std::max(SHARED_WITHOUT_CONSENT, consent)) return INVALID_VALUE;
+    shared_limit = shared_bytes > SHARED_WITHOUT_CONSENT ? SHARED_LIMIT : SHARED_WITHOUT_CONSENT;
     n_threads = static_cast<unsigned>(threads);
     block_dim = {block.x, block.y, block.z};
     grid_dim = {grid.x, grid.y, grid.z};
