@@ -177,8 +177,8 @@ def cases(s: Sizes) -> list[Case]:
                 lambda dev, grad=grad, channels=channels: (
                     randn(dev, s.batch, s.latent, channels).mul_(0.1).requires_grad_(grad),),
                 lambda x, bits=bits: fk.lfq(x, bits),
-                n * (2 * item * bits + 8) + (n * 3 * item * bits if grad else 0), 2 * n * 2**bits * (3 if grad else 1), variant=variant,
-                size=s.batch * s.latent * channels * item)  # fmt: skip
+                n * (2 * item * bits + 8) + (n * 3 * item * bits if grad else 0), 2 * n * 2**bits * (3 if grad else 1),
+                variant=variant, size=s.batch * s.latent * channels * item)  # fmt: skip
 
     # Read and write q and k; v is not touched.
     def in_place(qkv: Tensor, a: Tensor, b: Tensor, rope: Any) -> Tensor:

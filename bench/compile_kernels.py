@@ -58,7 +58,8 @@ def op_modules(only: str = "") -> list[str]:
     for info in pkgutil.iter_modules(flowmo_kernels.__path__):
         if only in info.name and info.name not in ("_ext", "_cuda"):
             module = importlib.import_module(f"flowmo_kernels.{info.name}")
-            if hasattr(module, "aot_signatures"):
+            signatures = getattr(module, "aot_signatures", None)
+            if signatures is not None and signatures.__module__ == module.__name__:
                 found.append(info.name)
     return found
 

@@ -46,7 +46,7 @@ if wanted info; then
     step info-card 30 nvidia-smi -q
 fi
 if wanted tests; then
-    step tests 600 "$PYTHON" -m pytest tests/ops tests/cuda -m gpu -x --maxfail=20 --timeout=300
+    step tests 600 "$PYTHON" -m pytest tests/ops tests/cuda -m gpu --maxfail=20 --timeout=300
     # On a card the unmarked kernel tests run compiled rather than interpreted.
     step tests-ops 600 "$PYTHON" -m pytest tests/ops -m "not gpu" --timeout=300
 fi

@@ -109,6 +109,10 @@ def _forward_fake(
 def _backward(
     dnext: Tensor | None, dcopy: Tensor | None, v: Tensor, guided: bool, dt: float, w: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "cuda":
+        from . import _cuda
+
+        return _cuda.euler_step_backward(dnext, dcopy, v, guided, dt, w)
     dz, dv, dnull = _backward_fake(dnext, dcopy, v, guided, dt, w, impl)
     if v.numel():
         euler_step_backward_kernel[(cdiv(v.numel(), BLOCK),)](

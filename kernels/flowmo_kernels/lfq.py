@@ -322,14 +322,13 @@ def _triton_forward(x: Tensor, bits: int, temperature: float) -> tuple[Tensor, .
     splits = max(1, min(cdiv(n, launch.block_n), SPLITS // tiles))
     blocks = cdiv(1 << bits, REDUCE_BLOCK)
 
-    fp32 = {"dtype": torch.float32, "device": x.device}
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens = torch.empty(batch, length * factors, dtype=torch.int64, device=x.device)
-    sample, codebook, commitment = (torch.empty((), **fp32) for _ in range(3))
-    gradient = torch.empty(size_j, size_i, **fp32)
-    pairs = torch.empty(splits, size_j, size_i, **fp32)
-    sums = torch.empty(2, splits, **fp32)
-    entropies = torch.empty(blocks, **fp32)
+    sample, codebook, commitment = (x.new_empty((), dtype=torch.float32) for _ in range(3))
+    gradient = x.new_empty((size_j, size_i), dtype=torch.float32)
+    pairs = x.new_empty((splits, size_j, size_i), dtype=torch.float32)
+    sums = x.new_empty((2, splits), dtype=torch.float32)
+    entropies = x.new_empty(blocks, dtype=torch.float32)
     lfq_forward_kernel[(splits, tiles)](
         rows, codes, tokens, pairs, sums, n, rows.stride(0), 4.0 / temperature,
         F=factors, BITS=bits, BLOCK_N=launch.block_n, BLOCK_E=max(16, next_power_of_2(bits)),
