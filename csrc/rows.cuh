@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(WIDE_THREADS) rows_forward_wide(ForwardArgumen
     }
 }
 
-// Vectors a lane of the two register widths: 768 and 1280 columns.
+// Vectors a lane of the two register widths, 768 and 1280 columns. The narrow one is the encoder's, in the type that it
+// is trained and run in; other types take the broad kernel, which keeps the build short.
 template <typename T>
 constexpr int NARROW = 768 / (WARP * VEC<T>);
 template <typename T>
@@ -186,9 +187,11 @@ int launch_rows_forward(const ForwardArguments& p, int64_t dtype, int64_t stream
     return with_type(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const unsigned blocks = static_cast<unsigned>(ceil_div(p.rows, FORWARD_WARPS));
-        if (p.width <= 768) {
-            const auto kernel = rows_forward<T, NARROW<T>, NORM, RESIDUAL>;
-            return LAUNCH(kernel, blocks, FORWARD_WARPS * WARP, 0, stream, p);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (p.width <= 768) {
+                const auto kernel = rows_forward<T, NARROW<T>, NORM, RESIDUAL>;
+                return LAUNCH(kernel, blocks, FORWARD_WARPS * WARP, 0, stream, p);
+            }
         }
         if (p.width <= 1280) {
             const auto kernel = rows_forward<T, BROAD<T>, NORM, RESIDUAL>;

@@ -66,6 +66,7 @@ inline __half __float2half_rn(float f) {
     const float magnitude = std::fabs(f);
     if (std::isnan(f)) return {static_cast<uint16_t>(sign | 0x7fff)};
     if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+    if (magnitude == 0.0f) return {sign};
     int exponent = 0;
     std::frexp(magnitude, &exponent);
     const int unit = exponent - 11 < -24 ? -24 : exponent - 11;  // of the last place
