@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from flowmo import pretrained
 from flowmo.config import ModelConfig, model_config
+from flowmo.engine import DecodePlan, EncodePlan, Engine, Schedule
 from flowmo.layers import patchify, unpatchify
 from flowmo.quantizer import Quantized, quantize
-from flowmo.sampling import euler_sample
+from flowmo.solvers import sample
 from flowmo.transformer import MMDiT
 from flowmo_kernels import codes_to_tokens, tokens_to_codes
 
@@ -55,6 +56,7 @@ class FlowMo(nn.Module):
             output="img",
             **shared,
         )
+        self.engine = Engine()
 
     @property
     def device(self) -> torch.device:
@@ -104,14 +106,21 @@ class FlowMo(nn.Module):
     def encode(
         self,
         images: Tensor,  # [B, 3, S, S], float, in [-1, 1]
+        plan: bool = True,
     ) -> Tensor:  # [B, T, C]
         """Codes of pictures: +-1 (fp32, bf16 or fp16 like the weights), or real numbers for continuous models.
+
+        Args:
+            plan: run the engine (see :meth:`encode_plan`); False runs the modules themselves, hooks and all.
 
         Raises:
             TypeError, ValueError: images of another dtype, shape, size or range.
         """
         self._check_images(images)
-        return self.quantize(self.latent(images.to(self.device, self.dtype))).codes
+        if not plan or not images.shape[0]:
+            return self.quantize(self.latent(images.to(self.device, self.dtype))).codes
+        engine_plan = self.engine.encode_plan(self, images.shape[0], dtype=self._precision())
+        return engine_plan.run(images).to(self.dtype)
 
     def tokenize(
         self,
@@ -159,15 +168,22 @@ class FlowMo(nn.Module):
         guidance_interval: tuple[float, float] | None = (0.17, 1.02),
         noise: Tensor | None = None,  # [B, 3, S, S], standard normal
         generator: torch.Generator | None = None,
+        solver: str = "euler",
+        tail_merge: int | None = None,
+        plan: bool = True,
     ) -> Tensor:  # [B, 3, S, S] fp32 in [-1, 1]
         """Pictures of codes by the guided Euler sampler.
 
         Args:
-            steps: Euler steps; times are ((n - i) / n)^rho.
+            steps: solver steps; times are ((n - i) / n)^rho.
             guidance: weight w of v_null + w (v - v_null); 1 switches guidance off.
             guidance_interval: EDM noise-to-signal ratios between which guidance acts; None guides every step.
             noise: the starting noise; drawn from `generator` (or the global state) where None. The same noise, or
                 a generator of the same seed on the same kind of device, gives the same picture.
+            solver: "euler" (the paper's), or "heun", "ab2", "dpm" for fewer steps (`flowmo.solvers`); these change
+                the picture.
+            tail_merge: take the last so many steps as one, which changes the picture a little; None does not.
+            plan: run the engine (see :meth:`decode_plan`); False runs the modules themselves, hooks and all.
 
         Raises:
             TypeError, ValueError: codes or noise of another dtype or shape, options out of range.
@@ -175,9 +191,7 @@ class FlowMo(nn.Module):
         c = self.config
         if not isinstance(codes, Tensor) or not codes.is_floating_point():
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
-            raise TypeError(
-                f"codes: expected a float tensor of encode(), got {got}; for tokens call detokenize()"
-            )
+            raise TypeError(f"codes: expected a float tensor of encode(), got {got}; for tokens call detokenize()")
         if codes.ndim != 3 or codes.shape[1:] != (c.latent_tokens, c.latent_channels):
             expected = f"[B, {c.latent_tokens}, {c.latent_channels}]"
             raise ValueError(f"codes: expected shape {expected}, got {list(codes.shape)}")
@@ -190,24 +204,98 @@ class FlowMo(nn.Module):
         if codes.shape[0] == 0:
             return torch.zeros(shape, device=self.device)
         codes = codes.to(self.device, self.dtype)
+        noise = noise.to(self.device, torch.float32)
+        schedule = Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge)
+        if plan:
+            engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, dtype=self._precision())
+            return engine_plan.run(codes, noise)
         conditions = {True: self.condition(codes), False: self.condition(codes, keep=False)}
 
         def velocity(x: Tensor, t: Tensor, conditional: bool) -> Tensor:
             return self.velocity(x.to(self.dtype), t, conditions[conditional])
 
-        x = euler_sample(
-            velocity,
-            patchify(noise.to(self.device, torch.float32), c.patch),
-            steps=steps,
-            rho=rho,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-        )
+        x = sample(velocity, patchify(noise, c.patch), **schedule._asdict())
         return unpatchify(x, c.patch, c.image_size).clamp_(-1, 1)
 
     def reconstruct(self, images: Tensor, **sampler: Any) -> Tensor:
         """decode(encode(images)): pictures [B, 3, S, S] in [-1, 1]; takes the options of :meth:`decode`."""
         return self.decode(self.encode(images), **sampler)
+
+    # Plans: the same work with everything computed once that can be.
+
+    def decode_plan(
+        self,
+        batch: int,
+        steps: int = 25,
+        rho: float = 4.0,
+        guidance: float = 1.5,
+        guidance_interval: tuple[float, float] | None = (0.17, 1.02),
+        *,
+        solver: str = "euler",
+        dtype: torch.dtype | None = None,
+        graph: bool = True,
+        tail_merge: int | None = None,
+        fp8: bool = False,
+        attention: str = "auto",
+        drop_modulation: bool = False,
+    ) -> DecodePlan:
+        """A sampler prepared for batches of up to `batch` pictures: `plan(codes, noise) -> images`.
+
+        The modulation of all steps is one table, weights are cast once, guided steps run both passes as one batch, and
+        on CUDA the whole sampler is one graph. :meth:`decode` uses such plans by itself, in the weights' dtype. In
+        that dtype the picture is that of `decode(..., plan=False)` up to rounding; `tail_merge`, `fp8`, a solver other
+        than Euler and some attention backends change it (`flowmo.engine.psnr_to_exact` tells how much). Smaller
+        batches run padded. Plans are kept by options, the last few of them, and follow changes of the weights.
+
+        Args:
+            steps, rho, guidance, guidance_interval, solver, tail_merge: as :meth:`decode`.
+            dtype: of weights and activations; None is bf16 on CUDA and the weights' dtype elsewhere. The sampler's
+                state stays in fp32.
+            graph: capture one CUDA graph, now; without effect on other devices.
+            fp8: qkv and first MLP layers in row-scaled fp8 (compute capability 8.9 and newer).
+            attention: backend of `flowmo_kernels.joint_attention`.
+            drop_modulation: free the decoder's modulation weights (a third of it). The model then decodes with this
+                schedule only, and neither trains nor saves.
+
+        Raises:
+            ValueError: an option out of range, or fp8 where it cannot run.
+            RuntimeError: the modulation weights were dropped for another schedule.
+        """
+        if dtype is None:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
+        plan = self.engine.decode_plan(
+            self,
+            batch,
+            Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge),
+            dtype=dtype,
+            graph=graph,
+            fp8=fp8,
+            attention=attention,
+            drop=drop_modulation,
+        )
+        plan.capture()
+        return plan
+
+    def encode_plan(
+        self,
+        batch: int,
+        *,
+        dtype: torch.dtype | None = None,
+        graph: bool = True,
+        fp8: bool = False,
+        attention: str = "auto",
+    ) -> EncodePlan:
+        """An encoder prepared for batches of up to `batch` pictures: `plan(images) -> codes`; as :meth:`decode_plan`."""
+        if dtype is None:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
+        plan = self.engine.encode_plan(self, batch, dtype=dtype, graph=graph, fp8=fp8, attention=attention)
+        plan.capture()
+        return plan
+
+    def _precision(self) -> torch.dtype:
+        """dtype of the transformers' arithmetic: autocast's where it is on, else the weights'."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
 
     # Files.
 
@@ -239,10 +327,15 @@ class FlowMo(nn.Module):
         if images.numel() and not bool((images.abs() <= 1.001).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(
-                f"images: expected {expected}, got values from {low:.4g} to {high:.4g}; scale [0, 255] by x / 127.5 - 1, "
-                "[0, 1] by 2 x - 1"
+                f"images: expected {expected}, got values from {low:.4g} to {high:.4g}; scale [0, 255] by "
+                "x / 127.5 - 1, [0, 1] by 2 x - 1"
             )
 
     def _check_discrete(self) -> None:
         if self.config.quantizer == "none":
             raise ValueError("this model is continuous and has no tokens; use encode() and decode()")
+
+
+def _pair(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The interval as a key of plans: configuration files give lists."""
+    return None if interval is None else (float(interval[0]), float(interval[1]))

@@ -66,9 +66,7 @@ class ModelConfig:
                     f"model.{name}={width}: the rotary axes (8, 28, 28) x width / 4 need an even width of at least 2"
                 )
         if self.image_size % self.patch:
-            raise ConfigError(
-                f"model.image_size={self.image_size} is no multiple of model.patch={self.patch}"
-            )
+            raise ConfigError(f"model.image_size={self.image_size} is no multiple of model.patch={self.patch}")
         if self.quantizer not in ("lfq", "none"):
             raise ConfigError(f"model.quantizer={self.quantizer!r}: expected lfq or none")
         if self.quantizer == "lfq" and self.latent_channels % self.entropy_bits:
@@ -129,6 +127,10 @@ class DataConfig:
     path: str | None = None  # a folder of images, or "samples"
     batch: int = 128  # images per optimizer step, over all micro-batches
     workers: int = 8
+    flip: bool = False
+    # Of the built-in photographs: shorter sides to resize to, and the part of the width that crops may lie in.
+    scales: list[int] | None = None
+    columns: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass
@@ -146,7 +148,7 @@ class TrainerConfig:
     steps: int = 1_300_000
     minutes: float | None = None  # stop, and anneal a cosine schedule, by this much training time as well
     accumulate: int = 1  # micro-batches per step
-    precision: str = "auto"  # auto | fp32 | bf16
+    precision: str = "auto"  # auto | fp32 | bf16 (autocast) | bf16_matmul (CPU: fp32 with bf16 matrix products)
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = None
     seed: int = 0
@@ -206,23 +208,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "model": {
             "image_size": 32,
-            "heads": 4,
+            "heads": 6,
             "encoder_width": 2,
             "decoder_width": 2,
-            "encoder_depth": 2,
+            "encoder_depth": 1,
             "decoder_depth": 3,
             "latent_tokens": 16,
         },
-        "loss": {"perceptual": "none"},
+        "loss": {"perceptual": "none", "entropy": 0.005, "commitment": 0.0025},
+        "noise": {"mean": 2.0},
         "optim": {
-            "lr": 1e-3,
+            "lr": 2e-3,
             "schedule": "cosine",
-            "warmup": 50,
-            "ema_decay": 0.999,
+            "warmup": 100,
+            "ema_decay": 0.995,
             "freeze_encoder_at": None,
         },
-        "data": {"path": "samples", "batch": 16, "workers": 0},
-        "trainer": {"steps": 4000, "minutes": 4.0, "sample_every": 500, "save_every": 500},
+        "data": {
+            "path": "samples",
+            "batch": 16,
+            "workers": 0,
+            "flip": True,
+            "scales": [32, 64, 128, 256],
+            "columns": [0.0, 0.7],
+        },
+        "sampler": {"steps": 8},
+        "trainer": {"steps": 20_000, "minutes": 4.0, "sample_every": 1000, "save_every": 1000},
     },
 }
 
@@ -245,9 +256,7 @@ def parse(arguments: list[str]) -> Config:
     arguments = list(arguments)
     preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "quickstart"
     if preset not in PRESETS:
-        raise ConfigError(
-            f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}"
-        )
+        raise ConfigError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}")
     tree = OmegaConf.structured(Config)
     try:
         tree = OmegaConf.merge(tree, {"preset": preset, **PRESETS[preset]})
@@ -273,14 +282,12 @@ def check(config: Config) -> None:
         ("noise.law", ("thick_logit_normal", "logit_normal", "uniform")),
         ("optim.schedule", ("constant", "cosine")),
         ("optim.hold_norms", ("matrix", "channel", "none")),
-        ("trainer.precision", ("auto", "fp32", "bf16")),
+        ("trainer.precision", ("auto", "fp32", "bf16", "bf16_matmul")),
     ):
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value not in allowed:
-            raise ConfigError(
-                f"{key}={value!r}: expected one of {', '.join(allowed)}{_nearest(value, allowed)}"
-            )
+            raise ConfigError(f"{key}={value!r}: expected one of {', '.join(allowed)}{_nearest(value, allowed)}")
     if config.data.batch % config.trainer.accumulate:
         raise ConfigError(
             f"data.batch={config.data.batch} is no multiple of trainer.accumulate={config.trainer.accumulate}"
@@ -317,7 +324,5 @@ def _nearest(word: str, options: Any) -> str:
     close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if not close:
         tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}
-        close = [
-            tails[m] for m in difflib.get_close_matches(str(word).rsplit(".", 1)[-1], list(tails), 1, 0.6)
-        ]
+        close = [tails[m] for m in difflib.get_close_matches(str(word).rsplit(".", 1)[-1], list(tails), 1, 0.6)]
     return f"; did you mean {close[0]}?" if close else ""

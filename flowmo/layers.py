@@ -44,9 +44,7 @@ def timestep_embedding(
 ) -> Tensor:  # [B, dim] fp32
     """Sinusoidal embedding of 1000 t, cosines first, with periods 2 pi to 2 pi 10,000."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000.0 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -71,8 +69,7 @@ def rope_tables(
     positions = torch.cat([index[:, None].expand(-1, 3), image])
     angles = torch.cat(
         [
-            positions[:, i, None]
-            * ROPE_THETA ** (-torch.arange(0, a, 2, dtype=torch.float64, device="cpu") / a)
+            positions[:, i, None] * ROPE_THETA ** (-torch.arange(0, a, 2, dtype=torch.float64, device="cpu") / a)
             for i, a in enumerate(axes)
         ],
         dim=-1,
@@ -142,9 +139,7 @@ class MLP(nn.Sequential):
     """Linear to 4 D, tanh-GELU, Linear back; the first two as one op."""
 
     def __init__(self, hidden: int) -> None:
-        super().__init__(
-            nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden)
-        )
+        super().__init__(nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
         return self[2](linear_gelu(x, self[0].weight, self[0].bias))

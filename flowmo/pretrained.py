@@ -9,8 +9,7 @@ import json
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowmo.config import ConfigError, ModelConfig
+from flowmo.files import atomic_write
 
 if TYPE_CHECKING:
     from flowmo.autoencoder import FlowMo
@@ -124,8 +124,7 @@ def infer_config(
         return 1 + max(numbers, default=-1)
 
     head_dims = {
-        part: shape(f"{part}.double_blocks.0.img_attn.norm.query_norm.scale")[0]
-        for part in ("encoder", "decoder")
+        part: shape(f"{part}.double_blocks.0.img_attn.norm.query_norm.scale")[0] for part in ("encoder", "decoder")
     }
     hidden, patch_dim = shape("encoder.img_in.weight")
     channels = shape("encoder.txt_in.weight")[1]
@@ -170,6 +169,12 @@ def check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Any], source:
         raise CheckpointError(f"{source}: the weights do not fit the model. " + ". ".join(problems))
 
 
+def shipped_weights(name: str) -> Path | None:
+    """The file of the weights that come with the package, or None where this copy has none of that name."""
+    path = Path(__file__).parent / "assets" / f"{name}.safetensors"
+    return path if path.is_file() else None
+
+
 def read_config(path: Path) -> ModelConfig:
     try:
         config = ModelConfig(**json.loads(path.read_text()))
@@ -177,27 +182,6 @@ def read_config(path: Path) -> ModelConfig:
     except (OSError, json.JSONDecodeError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path}: no model configuration: {error}") from error
     return config
-
-
-def atomic_write(path: Path, write: Callable[[str], Any]) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it to the disk, and put it in place in one step."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
@@ -219,9 +203,7 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
                 f"{path}: no such file or folder; to load it from a hub, install the extra: pip install flowmo[hub]"
             ) from error
         return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
-    raise FileNotFoundError(
-        f"{path}: no such file or folder; expected a released .pth file, a model folder or a run"
-    )
+    raise FileNotFoundError(f"{path}: no such file or folder; expected a released .pth file, a model folder or a run")
 
 
 def _read_released(path: Path, ema: bool) -> dict[str, Tensor]:
@@ -248,9 +230,7 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}; expected a safetensors file") from error
     if "config" not in metadata:
-        raise CheckpointError(
-            f"{path}: no model configuration in its metadata; load its folder, with config.json"
-        )
+        raise CheckpointError(f"{path}: no model configuration in its metadata; load its folder, with config.json")
     return ModelConfig(**json.loads(metadata["config"])), state
 
 

@@ -33,9 +33,7 @@ def guided_steps(times: Sequence[float], guidance: float, interval: tuple[float,
         return [True] * (len(times) - 1)
     low, high = (s / (1.0 + s) for s in interval)
     if not 0 <= low <= high:
-        raise ValueError(
-            f"guidance_interval={interval}: expected 0 <= low <= high, or None to guide every step"
-        )
+        raise ValueError(f"guidance_interval={interval}: expected 0 <= low <= high, or None to guide every step")
     return [low <= t <= high for t in times[:-1]]
 
 

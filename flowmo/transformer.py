@@ -5,6 +5,7 @@ Shapes: B images, T latent tokens, N image tokens, L = T + N (latent tokens firs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,8 +61,7 @@ class DoubleStreamBlock(nn.Module):
         self,
         img: Residual,  # [B, N, D]
         txt: Residual,  # [B, T, D]
-        activated: Tensor
-        | None,  # [B, D] SiLU of the conditioning vector; None in the encoder: no modulation
+        activated: Tensor | None,  # [B, D] SiLU of the conditioning vector; None in the encoder: no modulation
         rope: tuple[Tensor, Tensor],  # [L, d / 2] each
     ) -> tuple[Residual, Residual]:
         none = (None,) * 6
@@ -90,9 +90,7 @@ class DoubleStreamBlock(nn.Module):
             self._finish("txt", txt_x, attended[:, :latents], txt_mod),
         )
 
-    def _finish(
-        self, stream: Stream, x: Tensor, attended: Tensor, mod: tuple[Tensor | None, ...]
-    ) -> Residual:
+    def _finish(self, stream: Stream, x: Tensor, attended: Tensor, mod: tuple[Tensor | None, ...]) -> Residual:
         """Attention output projection, then the MLP, of one stream."""
         _, _, gate1, shift2, scale2, gate2 = mod
         branch = getattr(self, f"{stream}_attn").proj(attended)
@@ -160,13 +158,24 @@ class MMDiT(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
+    def unread_parameters(self) -> Iterator[nn.Parameter]:
+        """Weights that only exist because released checkpoints carry them, or that feed a dead stream's output."""
+        dead = "img" if self.output == "txt" else "txt"
+        last = self.double_blocks[-1]
+        parts: list[nn.Module] = [getattr(self, f"final_layer_{dead}"), getattr(last, f"{dead}_mlp")]
+        attention: StreamAttention = getattr(last, f"{dead}_attn")
+        parts += [attention.proj, attention.norm.query_norm]
+        if self.output == "txt":  # the encoder has no timestep
+            parts += [self.time_in, self.final_layer_txt.adaLN_modulation]
+            parts += [getattr(b, f"{s}_mod") for b in self.double_blocks for s in ("img", "txt")]
+        for part in parts:
+            yield from part.parameters()
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Moves the rotary tables with the module but keeps them in fp32 when the weights are cast."""
         tables = self.rope_cos, self.rope_sin
         super()._apply(fn, recurse)
-        self.rope_cos, self.rope_sin = (
-            t.to(b.device) for t, b in zip(tables, (self.rope_cos, self.rope_sin))
-        )
+        self.rope_cos, self.rope_sin = (t.to(b.device) for t, b in zip(tables, (self.rope_cos, self.rope_sin)))
         return self
 
     def forward(

@@ -7,7 +7,6 @@ otherwise.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from flowmo.files import atomic_write
 
 PathLike = str | os.PathLike[str]
 
@@ -210,15 +211,5 @@ def save_png(image: Image.Image | Tensor, path: PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = to_pil(image) if isinstance(image, Tensor) else image
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG")
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes the file private; a picture gets the usual rights
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    atomic_write(path, lambda name: picture.save(name, format="PNG"))
     return path

@@ -1,0 +1,152 @@
+"""What decode plan and encode plan share: a function over static buffers, run as it is or as one CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flowmo.engine.weights import TransformerWeights
+
+if TYPE_CHECKING:
+    from flowmo.autoencoder import FlowMo
+
+log = logging.getLogger("flowmo.engine")
+
+
+class Plan:
+    """Base of the plans; subclasses build static buffers in `_build` and compute in `_run`, which must be capturable:
+    no host synchronization, no upload of numbers, inputs from the static buffers alone.
+
+    The plan follows the model's weights: a call after they changed (optimizer step, `load_state_dict`) prepares them
+    again. A smaller batch than the plan's runs padded. Calls of one plan are ordered even from several streams; calls
+    from several threads are not.
+
+    Attributes:
+        batch: pictures of a call, at most.
+        device, dtype: where and in which precision the transformer runs.
+        captured: whether calls replay a CUDA graph.
+        builds: how often the weights were prepared.
+    """
+
+    part: str  # "decoder" or "encoder"
+
+    def __init__(self, model: FlowMo, batch: int, dtype: torch.dtype, attention: str, fp8: bool, graph: bool) -> None:
+        if batch < 1:
+            raise ValueError(f"batch={batch}: expected at least 1 picture")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
+        self._model = weakref.ref(model)
+        self.config = model.config
+        self.batch, self.dtype, self.attention, self.fp8 = batch, dtype, attention, fp8
+        self.device = model.device
+        check_fp8(fp8, self.device, dtype)
+        self.graph = graph and self.device.type == "cuda"
+        self.builds = 0
+        self._calls = 0
+        self._prepare(model)
+
+    def describe(self) -> str:
+        """One line for commands to print."""
+        how = "one CUDA graph" if self.captured else "CUDA graph at the next call" if self.graph else "eager"
+        precision = str(self.dtype).removeprefix("torch.") + (" with fp8 linear layers" if self.fp8 else "")
+        return f"{self.part} plan: batch {self.batch}, {precision}, attention {self.attention}, {how} on {self.device}"
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def refresh(self) -> None:
+        """Prepare the weights again if they changed since they were prepared.
+
+        Raises:
+            RuntimeError: the model moved to another device.
+        """
+        model = self._model()
+        if model is None:  # nobody can change the weights any more
+            return
+        if model.device != self.device:
+            raise RuntimeError(f"this plan runs on {self.device}, but the model is now on {model.device}: make a new plan")
+        if model.engine.weights(model, self.part, self.dtype, self.fp8) is not self._weights:
+            self._prepare(model)
+
+    def capture(self) -> None:
+        """Record the CUDA graph now; without effect where there is none to record."""
+        if not self.graph or self.captured or torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            self._record()
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.device)
+            self.graph = False
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"{self.part} plan: no CUDA graph, running eagerly ({reason})", stacklevel=3)
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """The plan on checked inputs of at most `batch` pictures, with the weights as last prepared."""
+        n = inputs[0].shape[0]
+        if self._calls and not self.captured:  # a first call is not worth a capture: there may be no second
+            self.capture()
+        self._calls += 1
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(self._done)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for buffer, given in zip(self._inputs(), inputs):
+                buffer[:n].copy_(given)
+                if n < self.batch:
+                    buffer[n:].copy_(given[-1:].expand(self.batch - n, *given.shape[1:]))
+            if self._graph is None:
+                out = self._run()[:n]
+            else:
+                self._graph.replay()
+                out = self._output[:n].clone()
+        if self.device.type == "cuda":
+            self._done.record(torch.cuda.current_stream(self.device))
+        return out
+
+    def _prepare(self, model: FlowMo) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output = torch.empty(0)
+        self._calls = 0
+        if self.device.type == "cuda":
+            self._done = torch.cuda.Event()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._weights: TransformerWeights = model.engine.weights(model, self.part, self.dtype, self.fp8)
+            self._build(model)
+        self.builds += 1
+        log.info("%s%s", self.describe(), "" if self.builds == 1 else " (prepared again: the weights changed)")
+
+    def _record(self) -> None:
+        with torch.cuda.device(self.device), torch.no_grad(), torch.autocast("cuda", enabled=False):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels, makes workspaces and attention plans
+                self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as those that pin memory for a data loader, may go on meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                output = self._run()
+            self._graph, self._output = graph, output
+        log.info("%s", self.describe())
+
+    def _build(self, model: FlowMo) -> None:
+        raise TypeError("a plan needs _build")
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        raise TypeError("a plan needs _inputs")
+
+    def _run(self) -> Tensor:
+        raise TypeError("a plan needs _run")
+
+
+def check_fp8(fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where fp8 linear layers cannot run."""
+    if fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ValueError(f"fp8=True: expected a CUDA device of compute capability 8.9 or newer, got {device}; use fp8=False")
+    if fp8 and dtype == torch.float32:
+        raise ValueError("fp8=True: expected dtype torch.bfloat16 or torch.float16 for what stays out of fp8, got float32")

@@ -1,0 +1,179 @@
+"""The blocks of a transformer at inference, on sequence-major rows.
+
+Row l * B + b is token l of image b, latent tokens first. So the latent rows of the whole batch, and its image rows,
+are each one contiguous matrix: every linear layer is one matrix product with its bias, written straight into its part
+of a joint buffer, and nothing is concatenated. One timestep serves the batch, so the norms see one sequence of L B
+rows with two modulation vectors. Attention reads q, k and v as strided views of the joint buffer.
+
+Shapes: B images, T latent tokens, N image tokens, L = T + N, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowmo.engine.weights import BlockWeights, Linear, StreamWeights, TransformerWeights
+from flowmo_kernels import (
+    attention_backend,
+    gate_residual_norm_modulate,
+    gate_residual_norm_modulate_fp8,
+    joint_attention,
+    linear_fp8,
+    linear_gelu,
+    norm_modulate,
+    norm_modulate_fp8,
+    qk_norm_rope,
+)
+
+_SDPA = {
+    "sdpa": None,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class Branch(NamedTuple):
+    """A residual stream and what is still to be added to it."""
+
+    x: Tensor  # [1, rows, D]
+    branch: Tensor  # [1, rows, D]
+    gate: Tensor | None  # [1, D] or [1, 2, D]; None is a gate of one
+
+
+class Normed(NamedTuple):
+    """Input rows of linear layers."""
+
+    values: Tensor  # [1, rows, D]
+    scales: Tensor | None = None  # [1, rows, 1] fp32 of fp8 values
+
+    def linear(self, part: slice, layer: Linear, out: Tensor) -> None:
+        """out [rows of part, F] <- values[part] W^T + b."""
+        if layer.scale is None:
+            torch.addmm(layer.b, self.values[0, part], layer.w.t(), out=out)
+        else:
+            out.copy_(self._fp8(part, layer, out.dtype))
+
+    def gelu(self, part: slice, layer: Linear, dtype: torch.dtype) -> Tensor:
+        if layer.scale is None:
+            return linear_gelu(self.values[0, part], layer.w, layer.b)
+        return F.gelu(self._fp8(part, layer, dtype), approximate="tanh")
+
+    def _fp8(self, part: slice, layer: Linear, dtype: torch.dtype) -> Tensor:
+        assert self.scales is not None and layer.scale is not None
+        return linear_fp8(self.values[0, part], self.scales[0, part], layer.w, layer.scale, layer.b, dtype=dtype)
+
+
+def attend(
+    q: Tensor,  # [B, M, H, d]
+    k: Tensor,  # [B, L, H, d]
+    v: Tensor,  # [B, L, H, d]
+    backend: str,
+    logit_bound: float,
+) -> Tensor:  # [M B, D], sequence-major rows
+    """Joint attention at scale 8 / d."""
+    scale = 8.0 / q.shape[-1]
+    name = attention_backend(q, k, v, backend=backend)
+    if name in _SDPA:
+        # PyTorch's CUDA kernels write o in the order of q's strides: without the copy to image-major order that
+        # `joint_attention` promises, the rows below are a view.
+        choice = _SDPA[name]
+        with contextlib.nullcontext() if choice is None else sdpa_kernel(choice):
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        o = o.transpose(1, 2)
+    else:
+        o = joint_attention(q, k, v, scale, backend=name, logit_bound=logit_bound)
+    return o.transpose(0, 1).reshape(-1, q.shape[2] * q.shape[3])
+
+
+class Trunk:
+    """All blocks, with the buffers they share, for up to `batch` images."""
+
+    def __init__(self, weights: TransformerWeights, batch: int, attention: str = "auto") -> None:
+        self.weights = weights
+        self.attention = attention
+        w = weights.img_in.w
+        rows = weights.length * batch
+        # Dead queries are never written; zeros keep the norm that passes over them finite.
+        self._qkv = torch.zeros(rows, 3 * weights.width, dtype=weights.dtype, device=w.device)
+        self._branch = torch.empty(rows, weights.width, dtype=weights.dtype, device=w.device)
+
+    def __call__(
+        self,
+        x: Tensor,  # [L B, D], left as it is
+        batch: int,
+        modulation: Tensor | None = None,  # [depth, 6, 2, D]; None: no modulation (encoder)
+    ) -> Branch:  # of the live stream's rows
+        w = self.weights
+        split, rows = w.latents * batch, w.length * batch
+        state = Branch(x[None], x[None], None)
+        for i, block in enumerate(w.blocks):
+            m = None if modulation is None else modulation[i][:, None]  # [6, 1, 2, D]
+            stream, y = self._norm(state, m, split, first=i == 0)
+            last = i + 1 == len(w.blocks)
+            o = self._attention(y, block, batch, w.live if last else None)
+            parts: list[tuple[slice, StreamWeights]] = [(slice(0, split), block.txt), (slice(split, rows), block.img)]
+            if last:  # the live stream alone goes on
+                live = 1 if w.live == "img" else 0
+                part, weights = parts[live]
+                stream = stream[:, part]
+                m = None if m is None else m[:, :, live]  # [6, 1, D]
+                split, parts = 0, [(slice(0, stream.shape[1]), weights)]
+            state = self._mlp(stream, o, m, split, parts)
+        return state
+
+    def _norm(self, state: Branch, m: Tensor | None, split: int, first: bool) -> tuple[Tensor, Normed]:
+        shift, scale = (None, None) if m is None else (m[0], m[1])
+        split = 0 if m is None else split
+        if first:
+            x = state.x
+            if self.weights.fp8:
+                return x, Normed(*norm_modulate_fp8(x, shift, scale, split=split))
+            return x, Normed(norm_modulate(x, shift, scale, split=split))
+        return self._residual_norm(state, shift, scale, split)
+
+    def _residual_norm(
+        self, state: Branch, shift: Tensor | None, scale: Tensor | None, split: int
+    ) -> tuple[Tensor, Normed]:
+        op = gate_residual_norm_modulate_fp8 if self.weights.fp8 else gate_residual_norm_modulate
+        x, *y = op(*state, shift, scale, split=split)
+        return x, Normed(*y)
+
+    def _attention(self, y: Normed, block: BlockWeights, batch: int, live: str | None) -> Tensor:
+        """Attention output [rows, D]: of all tokens, or of the live stream's."""
+        w = self.weights
+        split, rows = w.latents * batch, w.length * batch
+        qkv = self._qkv[:rows]
+        for part, layer in ((slice(0, split), block.txt.qkv), (slice(split, rows), block.img.qkv)):
+            y.linear(part, layer, qkv[part, qkv.shape[1] - layer.w.shape[0] :])
+        joint = qkv.view(w.length, batch, 3, w.heads, -1).transpose(0, 1)
+        q, k, v = qk_norm_rope(
+            joint, block.q_scale, block.k_scale, w.rope, split=w.latents, inplace=True
+        ).unbind(2)
+        if live is not None:
+            q = q[:, w.latents :] if live == "img" else q[:, : w.latents]
+        return attend(q, k, v, self.attention, block.logit_bound)
+
+    def _mlp(
+        self, x: Tensor, o: Tensor, m: Tensor | None, split: int, parts: list[tuple[slice, StreamWeights]]
+    ) -> Branch:
+        """Attention's projection and the MLP of the streams in `parts`."""
+        gate1, shift, scale, gate2 = (None,) * 4 if m is None else (m[2], m[3], m[4], m[5])
+        split = 0 if m is None else split
+        branch = self._branch[: x.shape[1]]
+        for part, weights in parts:
+            assert weights.proj is not None
+            torch.addmm(weights.proj.b, o[part], weights.proj.w.t(), out=branch[part])
+        x, y = self._residual_norm(Branch(x, branch[None], gate1), shift, scale, split)
+        for part, weights in parts:
+            assert weights.fc1 is not None and weights.fc2 is not None
+            hidden = y.gelu(part, weights.fc1, branch.dtype)
+            torch.addmm(weights.fc2.b, hidden, weights.fc2.w.t(), out=branch[part])
+        return Branch(x, branch[None], gate2)

@@ -1,0 +1,139 @@
+"""Send photographs through FlowMo and back: python -m flowmo.reconstruct INPUT... [--checkpoint C] [--out DIR]
+
+python -m flowmo.reconstruct photo.jpg                       with the small weights that come along
+python -m flowmo.reconstruct photos/ --checkpoint flowmo_lo.pth --out reconstructions
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flowmo_kernels
+from flowmo import FlowMo, cli
+from flowmo.data import ImageReadError, center_crop, find_images, load_image, resize_shorter, save_png, to_tensor
+from flowmo.metrics import psnr
+from flowmo.pretrained import shipped_weights
+from flowmo.tiles import reconstruct_tiled
+from flowmo.training.loop import resolve_device
+
+SMALLEST_SIDE = 128  # models of smaller pictures work in tiles
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.checkpoint is None:
+        options.checkpoint = shipped_weights("quickstart")
+        if options.checkpoint is None:
+            raise FileNotFoundError("this copy of flowmo ships no weights; name a model with --checkpoint")
+        print("no --checkpoint: using the small quickstart weights, which are no quality benchmark")
+    device = resolve_device(options.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None}[options.precision]
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+    model = FlowMo.from_pretrained(options.checkpoint, device=device, dtype=dtype)
+    side = options.size or max(
+        model.config.image_size, SMALLEST_SIDE // model.config.image_size * model.config.image_size
+    )
+    if side % model.config.image_size:
+        raise ValueError(f"--size {side}: expected a multiple of the model's {model.config.image_size} pixels")
+    inputs = collect(options.inputs)
+    print(
+        f"{len(inputs)} pictures at {side} x {side}, {model.config.bits_per_pixel:.4f} bits per pixel, on {device}; "
+        f"{flowmo_kernels.describe()}"
+    )
+    names = output_names(inputs)
+    scores: list[float] = []
+    bar = tqdm(total=len(inputs), unit="picture", disable=not sys.stderr.isatty())
+    for paths, images in batches(inputs, side, options.batch):
+        generator = torch.Generator().manual_seed(options.seed)
+        out = reconstruct_tiled(
+            model,
+            images.to(device),
+            steps=options.steps,
+            rho=options.rho,
+            guidance=options.guidance,
+            generator=generator,
+        ).cpu()
+        for path, picture, score in zip(paths, out, psnr(out, images)):
+            save_png(picture, options.out / names[path])
+            scores.append(float(score))
+            tqdm.write(f"{path}  PSNR {score:.2f} dB  -> {options.out / names[path]}", file=sys.stdout)
+        bar.update(len(paths))
+    bar.close()
+    if not scores:
+        raise ValueError("none of the inputs could be read as a picture")
+    print(f"mean PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} pictures")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m flowmo.reconstruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures, or folders searched for them")
+    p.add_argument(
+        "--checkpoint", help="released .pth, model folder or run; default: the small weights that come along"
+    )
+    p.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNG files")
+    p.add_argument("--size", type=int, help="side in pixels, a multiple of the model's; larger ones go in tiles")
+    p.add_argument("--batch", type=int, default=8, help="pictures at once")
+    p.add_argument("--steps", type=int, default=25, help="Euler steps")
+    p.add_argument("--rho", type=float, default=4.0, help="time spacing; 1 is even")
+    p.add_argument("--guidance", type=float, default=1.5, help="guidance weight; 1 is off")
+    p.add_argument("--seed", type=int, default=0, help="of the starting noise")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA")
+    return p
+
+
+def collect(inputs: list[str]) -> list[tuple[Path, Path]]:
+    """Every picture with its path below the input that named it."""
+    found: list[tuple[Path, Path]] = []
+    for name in inputs:
+        root = Path(name)
+        for path in find_images(root):
+            found.append((path, path.relative_to(root) if root.is_dir() else Path(path.name)))
+    return found
+
+
+def output_names(inputs: list[tuple[Path, Path]]) -> dict[Path, Path]:
+    """Where each picture goes below --out: its own name, with its ending kept in the stem where two would collide."""
+    taken: dict[Path, int] = {}
+    for _, relative in inputs:
+        taken[relative.with_suffix("")] = taken.get(relative.with_suffix(""), 0) + 1
+    names = {}
+    for path, relative in inputs:
+        unique = taken[relative.with_suffix("")] == 1
+        names[path] = relative.with_suffix(".png") if unique else relative.with_name(f"{relative.name}.png")
+    if len(set(names.values())) < len(names):
+        raise ValueError("two of the inputs have the same name; reconstruct them into different --out folders")
+    return names
+
+
+def batches(inputs: list[tuple[Path, Path]], side: int, batch: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of readable pictures [n, 3, side, side]; unreadable ones are named and passed over."""
+    paths: list[Path] = []
+    images: list[Tensor] = []
+    for path, _ in inputs:
+        try:
+            images.append(to_tensor(center_crop(resize_shorter(load_image(path), side), side)))
+        except ImageReadError as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            continue
+        paths.append(path)
+        if len(paths) == batch:
+            yield paths, torch.stack(images)
+            paths, images = [], []
+    if paths:
+        yield paths, torch.stack(images)
+
+
+if __name__ == "__main__":
+    cli.run(main)

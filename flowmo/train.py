@@ -1,0 +1,33 @@
+"""Train FlowMo: python -m flowmo.train [preset] [key=value ...]
+
+    python -m flowmo.train                                    five minutes on built-in photographs, any CPU
+    python -m flowmo.train lo data.path=IMAGES loss.perceptual_weights=vgg16-397923af.pth
+    python -m flowmo.train small data.path=IMAGES loss.perceptual=none trainer.accumulate=2
+    python -m flowmo.train lo --dry-run                       print the resolved configuration and stop
+
+Presets: lo, hi, small, continuous, tiny, quickstart. The same command again resumes its run folder.
+"""
+
+from __future__ import annotations
+
+from flowmo import cli, quickstart
+from flowmo.config import parse, to_yaml
+from flowmo.training.loop import Trainer
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    config = parse([a for a in arguments if a != "--dry-run"])
+    if "--dry-run" in arguments:
+        print(to_yaml(config), end="")
+        return 0
+    if config.preset == "quickstart" and config.data.path == "samples":
+        return quickstart.run(config)
+    Trainer(config).fit()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,64 @@
+"""Where a run's numbers go: JSON lines, TensorBoard and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard; shows a progress bar where a terminal is.
+
+    On resuming, lines of steps after the checkpoint are dropped, so that every step stands there once.
+    """
+
+    def __init__(self, run: Path, total: int, step: int = 0) -> None:
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        record = {"step": step, **{k: round(v, 6) for k, v in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+        line = f"flow {values['flow']:.4f}, {values['images_per_second']:.1f} images/s"
+        if self.bar.disable:
+            print(f"step {step}: loss {values['loss']:.4f}, {line}", flush=True)
+        else:
+            self.bar.set_postfix_str(line)
+
+    def picture(self, step: int, name: str, picture: Any) -> None:
+        """A PIL image into TensorBoard."""
+        import numpy as np
+
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        self._board.add_image(name, pixels, step)
+
+    def note(self, text: str) -> None:
+        """A line that stays above the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill
