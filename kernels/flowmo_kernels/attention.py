@@ -3,7 +3,7 @@
 The scale is the caller's: 8 / d under muP, not 1 / sqrt(d) (as in the released code).  q, k and v are views of one
 buffer, [B, L, H, d] with contiguous channels; no backend gets a copy of them, and o is written as [B, L, H * d].
 
-Legend: B images, L tokens, H heads, d channels of a head.
+Legend: B images, L tokens (keys), Lq tokens whose output is wanted (queries), H heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _SDP = {
 
 
 def joint_attention_ref(
-    q: Tensor,  # [B, L, H, d]
+    q: Tensor,  # [B, Lq, H, d]
     k: Tensor,  # [B, L, H, d]
     v: Tensor,  # [B, L, H, d]
     scale: float,
-) -> Tensor:  # [B, L, H, d], contiguous
+) -> Tensor:  # [B, Lq, H, d], contiguous
     """`joint_attention` in plain PyTorch."""
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return o.transpose(1, 2).contiguous()
@@ -119,30 +119,28 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto")
         raise ValueError(f"no attention backend is called {backend!r}{hint} (there are {', '.join(BACKENDS)})")
     if backend == "auto":
         choice = asked("joint_attention")
-        if choice == "triton" and why_not("triton", q) is None and q.shape == k.shape:
+        if choice == "triton" and why_not("triton", q) is None:
             return "triton"
         return "sdpa" if choice == "ref" else _automatic(q, wants_grad(q, k, v))
     reason = why_not(backend, q)
-    if backend == "triton" and q.shape != k.shape:
-        reason = f"its kernels need as many queries as keys, not {q.shape[1]} and {k.shape[1]}"
     if reason is not None:
         raise KernelUnavailableError(f"attention backend {backend!r} was asked for, but {reason}")
     return backend
 
 
 def joint_attention(
-    q: Tensor,  # [B, M, H, d]
+    q: Tensor,  # [B, Lq, H, d]
     k: Tensor,  # [B, L, H, d]
     v: Tensor,  # [B, L, H, d]
     scale: float,
     *,
     backend: str = "auto",
     logit_bound: float | None = None,
-) -> Tensor:  # [B, M, H, d], contiguous
+) -> Tensor:  # [B, Lq, H, d], contiguous
     """softmax(scale * q k^T) v for every image and head.
 
     Args:
-        q: [B, M, H, d]; M = L, or fewer queries where only some tokens' outputs are read (the last block).
+        q: [B, Lq, H, d]; Lq = L, or fewer queries where only some tokens' outputs are read (the last block).
         k, v: [B, L, H, d]; one dtype, contiguous channels; views such as ``qkv.unbind(2)`` are taken as they are.
         scale: factor of the logits, positive; 8 / d in FlowMo.
         backend: "auto" chooses by device, installed packages, dtype, shape and need of a gradient; or "fa3", "fa2",
@@ -152,7 +150,7 @@ def joint_attention(
             and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small.
 
     Returns:
-        o [B, M, H, d], contiguous, so that ``o.flatten(2)`` is a view.
+        o [B, Lq, H, d], contiguous, so that ``o.flatten(2)`` is a view.
 
     Raises:
         ValueError: shapes or dtypes differ, scale is not positive, or no such backend.
@@ -161,7 +159,7 @@ def joint_attention(
     fits = q.dim() == 4 and k.shape == v.shape and q.shape[:1] + q.shape[2:] == k.shape[:1] + k.shape[2:]
     if not fits or not q.dtype == k.dtype == v.dtype:
         shapes = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"{shapes}; expected q [B, M, H, d], k and v [B, L, H, d] and one dtype")
+        raise ValueError(f"{shapes}; expected q [B, Lq, H, d], k and v [B, L, H, d] and one dtype")
     if not scale > 0:
         raise ValueError(f"scale = {scale}; expected a positive factor such as 8 / {q.shape[-1]}")
     name = attention_backend(q, k, v, backend=backend)

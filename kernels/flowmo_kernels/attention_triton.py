@@ -9,7 +9,7 @@ bounds the logits by 8 max|g_q| max|g_k|.  Then p keeps its full relative precis
 Key and query gradients come from two kernels that each own their output, so the result does not depend on the order
 in which programs run.
 
-Legend: B images, L tokens, H heads, d channels of a head; a tile has M query rows and N key rows.
+Legend: B images, L keys, Lq queries, H heads, d channels of a head; a tile has M query rows and N key rows.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def store_part(p_x, stride, o_row, length, b, FIRST: tl.constexpr, N: tl.constex
 
 @jit
 def attention_kernel(
-    p_q,  # [B, L, H, d]
-    p_k,
+    p_q,  # [B, Lq, H, d]
+    p_k,  # [B, L, H, d]
     p_v,
-    p_o,  # [B, L, H, d] contiguous
-    p_lse,  # [B, H, L] fp32, log base 2
+    p_o,  # [B, Lq, H, d] contiguous
+    p_lse,  # [B, H, Lq] fp32, log base 2
+    n_queries,
     length,
     H,
     stride_qb,
@@ -101,10 +102,10 @@ def attention_kernel(
     p_k += i_b * stride_kb + i_h * stride_kh
     p_v += i_b * stride_vb + i_h * stride_vh
     o_m = tl.program_id(0) * M + tl.arange(0, M)
-    b_q1 = load_part(p_q, stride_ql, o_m, length, 0, D1, D, False)
+    b_q1 = load_part(p_q, stride_ql, o_m, n_queries, 0, D1, D, False)
     b_o1 = tl.zeros([M, D1], tl.float32)
     if D2 > 0:
-        b_q2 = load_part(p_q, stride_ql, o_m, length, D1, D2, D, False)
+        b_q2 = load_part(p_q, stride_ql, o_m, n_queries, D1, D2, D, False)
         b_o2 = tl.zeros([M, D2], tl.float32)
     b_l = tl.zeros([M], tl.float32)
     b_max = tl.full([M], float("-inf"), tl.float32)
@@ -136,19 +137,19 @@ def attention_kernel(
     b_lse = tl.log2(b_l)
     if not BOUNDED:
         b_lse += b_max
-    tl.store(p_lse + i_bh * length + o_m, b_lse, mask=o_m < length)
-    p_o += (i_b * length * H + i_h) * D
-    store_part(p_o, H * D, o_m, length, b_o1 / b_l[:, None], 0, D1, D)
+    tl.store(p_lse + i_bh * n_queries + o_m, b_lse, mask=o_m < n_queries)
+    p_o += (i_b * n_queries * H + i_h) * D
+    store_part(p_o, H * D, o_m, n_queries, b_o1 / b_l[:, None], 0, D1, D)
     if D2 > 0:
-        store_part(p_o, H * D, o_m, length, b_o2 / b_l[:, None], D1, D2, D)
+        store_part(p_o, H * D, o_m, n_queries, b_o2 / b_l[:, None], D1, D2, D)
 
 
 @jit
 def attention_delta_kernel(
-    p_o,  # [B, L, H, d] contiguous
-    p_do,  # [B, L, H, d]
-    p_delta,  # [B, H, L] fp32
-    length,
+    p_o,  # [B, Lq, H, d] contiguous
+    p_do,  # [B, Lq, H, d]
+    p_delta,  # [B, H, Lq] fp32
+    n_queries,
     H,
     stride_dob,
     stride_dol,
@@ -163,26 +164,27 @@ def attention_delta_kernel(
     i_b = i_bh // H
     i_h = i_bh % H
     o_m = tl.program_id(0) * M + tl.arange(0, M)
-    p_o += (i_b * length * H + i_h) * D
+    p_o += (i_b * n_queries * H + i_h) * D
     p_do += i_b * stride_dob + i_h * stride_doh
-    b_o = load_part(p_o, H * D, o_m, length, 0, D1, D, False).to(tl.float32)
-    b_delta = tl.sum(b_o * load_part(p_do, stride_dol, o_m, length, 0, D1, D, False).to(tl.float32), 1)
+    b_o = load_part(p_o, H * D, o_m, n_queries, 0, D1, D, False).to(tl.float32)
+    b_delta = tl.sum(b_o * load_part(p_do, stride_dol, o_m, n_queries, 0, D1, D, False).to(tl.float32), 1)
     if D2 > 0:
-        b_o = load_part(p_o, H * D, o_m, length, D1, D2, D, False).to(tl.float32)
-        b_delta += tl.sum(b_o * load_part(p_do, stride_dol, o_m, length, D1, D2, D, False).to(tl.float32), 1)
-    tl.store(p_delta + i_bh * length + o_m, b_delta, mask=o_m < length)
+        b_o = load_part(p_o, H * D, o_m, n_queries, D1, D2, D, False).to(tl.float32)
+        b_delta += tl.sum(b_o * load_part(p_do, stride_dol, o_m, n_queries, D1, D2, D, False).to(tl.float32), 1)
+    tl.store(p_delta + i_bh * n_queries + o_m, b_delta, mask=o_m < n_queries)
 
 
 @jit
 def attention_dkdv_kernel(
-    p_q,  # [B, L, H, d]
-    p_k,
+    p_q,  # [B, Lq, H, d]
+    p_k,  # [B, L, H, d]
     p_v,
-    p_do,
-    p_lse,  # [B, H, L] fp32
-    p_delta,  # [B, H, L] fp32
+    p_do,  # [B, Lq, H, d]
+    p_lse,  # [B, H, Lq] fp32
+    p_delta,  # [B, H, Lq] fp32
     p_dk,  # [B, L, H, d] contiguous
     p_dv,
+    n_queries,
     length,
     H,
     stride_qb,
@@ -214,8 +216,8 @@ def attention_dkdv_kernel(
     p_k += i_b * stride_kb + i_h * stride_kh
     p_v += i_b * stride_vb + i_h * stride_vh
     p_do += i_b * stride_dob + i_h * stride_doh
-    p_lse += i_bh * length
-    p_delta += i_bh * length
+    p_lse += i_bh * n_queries
+    p_delta += i_bh * n_queries
     o_n = tl.program_id(0) * N + tl.arange(0, N)
     b_k1 = load_part(p_k, stride_kl, o_n, length, 0, D1, D, False)
     b_v1 = load_part(p_v, stride_vl, o_n, length, 0, D1, D, False)
@@ -226,23 +228,23 @@ def attention_dkdv_kernel(
         b_v2 = load_part(p_v, stride_vl, o_n, length, D1, D2, D, False)
         b_dk2 = tl.zeros([N, D2], tl.float32)
         b_dv2 = tl.zeros([N, D2], tl.float32)
-    for i_m in range(0, length, M):
+    for i_m in range(0, n_queries, M):
         o_m = i_m + tl.arange(0, M)
-        b_q1 = load_part(p_q, stride_ql, o_m, length, 0, D1, D, EVEN_M)
+        b_q1 = load_part(p_q, stride_ql, o_m, n_queries, 0, D1, D, EVEN_M)
         b_s = dot(b_k1, tl.trans(b_q1), tl.zeros([N, M], tl.float32))
         if D2 > 0:
-            b_q2 = load_part(p_q, stride_ql, o_m, length, D1, D2, D, EVEN_M)
+            b_q2 = load_part(p_q, stride_ql, o_m, n_queries, D1, D2, D, EVEN_M)
             b_s = dot(b_k2, tl.trans(b_q2), b_s)
         # Query rows past the end have lse = inf, so their p is 0.
-        b_lse = tl.load(p_lse + o_m, mask=o_m < length, other=float("inf"))
-        b_delta = tl.load(p_delta + o_m, mask=o_m < length, other=0.0)
+        b_lse = tl.load(p_lse + o_m, mask=o_m < n_queries, other=float("inf"))
+        b_delta = tl.load(p_delta + o_m, mask=o_m < n_queries, other=0.0)
         b_p = tl.exp2(b_s * c - b_lse[None, :])
-        b_do1 = load_part(p_do, stride_dol, o_m, length, 0, D1, D, EVEN_M)
+        b_do1 = load_part(p_do, stride_dol, o_m, n_queries, 0, D1, D, EVEN_M)
         b_dp = dot(b_v1, tl.trans(b_do1), tl.zeros([N, M], tl.float32))
         b_p_low = cast(b_p, p_q.dtype.element_ty)
         b_dv1 = dot(b_p_low, b_do1, b_dv1)
         if D2 > 0:
-            b_do2 = load_part(p_do, stride_dol, o_m, length, D1, D2, D, EVEN_M)
+            b_do2 = load_part(p_do, stride_dol, o_m, n_queries, D1, D2, D, EVEN_M)
             b_dp = dot(b_v2, tl.trans(b_do2), b_dp)
             b_dv2 = dot(b_p_low, b_do2, b_dv2)
         b_ds = cast(b_p * (b_dp - b_delta[None, :]), p_q.dtype.element_ty)
@@ -259,13 +261,14 @@ def attention_dkdv_kernel(
 
 @jit
 def attention_dq_kernel(
-    p_q,  # [B, L, H, d]
-    p_k,
+    p_q,  # [B, Lq, H, d]
+    p_k,  # [B, L, H, d]
     p_v,
-    p_do,
-    p_lse,  # [B, H, L] fp32
-    p_delta,  # [B, H, L] fp32
-    p_dq,  # [B, L, H, d] contiguous
+    p_do,  # [B, Lq, H, d]
+    p_lse,  # [B, H, Lq] fp32
+    p_delta,  # [B, H, Lq] fp32
+    p_dq,  # [B, Lq, H, d] contiguous
+    n_queries,
     length,
     H,
     stride_qb,
@@ -298,14 +301,14 @@ def attention_dq_kernel(
     p_v += i_b * stride_vb + i_h * stride_vh
     p_do += i_b * stride_dob + i_h * stride_doh
     o_m = tl.program_id(0) * M + tl.arange(0, M)
-    b_lse = tl.load(p_lse + i_bh * length + o_m, mask=o_m < length, other=float("inf"))[:, None]
-    b_delta = tl.load(p_delta + i_bh * length + o_m, mask=o_m < length, other=0.0)[:, None]
-    b_q1 = load_part(p_q, stride_ql, o_m, length, 0, D1, D, False)
-    b_do1 = load_part(p_do, stride_dol, o_m, length, 0, D1, D, False)
+    b_lse = tl.load(p_lse + i_bh * n_queries + o_m, mask=o_m < n_queries, other=float("inf"))[:, None]
+    b_delta = tl.load(p_delta + i_bh * n_queries + o_m, mask=o_m < n_queries, other=0.0)[:, None]
+    b_q1 = load_part(p_q, stride_ql, o_m, n_queries, 0, D1, D, False)
+    b_do1 = load_part(p_do, stride_dol, o_m, n_queries, 0, D1, D, False)
     b_dq1 = tl.zeros([M, D1], tl.float32)
     if D2 > 0:
-        b_q2 = load_part(p_q, stride_ql, o_m, length, D1, D2, D, False)
-        b_do2 = load_part(p_do, stride_dol, o_m, length, D1, D2, D, False)
+        b_q2 = load_part(p_q, stride_ql, o_m, n_queries, D1, D2, D, False)
+        b_do2 = load_part(p_do, stride_dol, o_m, n_queries, D1, D2, D, False)
         b_dq2 = tl.zeros([M, D2], tl.float32)
     for i_n in range(0, length, N):
         o_n = i_n + tl.arange(0, N)
@@ -325,21 +328,23 @@ def attention_dq_kernel(
         b_dq1 = dot(b_ds, b_k1, b_dq1)
         if D2 > 0:
             b_dq2 = dot(b_ds, b_k2, b_dq2)
-    p_dq += (i_b * length * H + i_h) * D
-    store_part(p_dq, H * D, o_m, length, b_dq1 * scale, 0, D1, D)
+    p_dq += (i_b * n_queries * H + i_h) * D
+    store_part(p_dq, H * D, o_m, n_queries, b_dq1 * scale, 0, D1, D)
     if D2 > 0:
-        store_part(p_dq, H * D, o_m, length, b_dq2 * scale, D1, D2, D)
+        store_part(p_dq, H * D, o_m, n_queries, b_dq2 * scale, D1, D2, D)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     o, lse = _forward_fake(q, k, v, scale, bounded)
-    b, length, h, d = q.shape
+    b, n_queries, h, d = q.shape
+    length = k.shape[1]
     if q.numel():
         size = blocks(d, length, q.element_size())
         m, n, num_warps, num_stages = size.forward
-        attention_kernel[(cdiv(length, m), b * h)](
-            q, k, v, o, lse, length, h, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * math.log2(math.e),
+        attention_kernel[(cdiv(n_queries, m), b * h)](
+            q, k, v, o, lse, n_queries, length, h,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * math.log2(math.e),
             D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_N=length % n == 0, BOUNDED=bounded,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
@@ -347,9 +352,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tu
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
-    b, length, h, _ = q.shape
+    b, n_queries, h, _ = q.shape
     o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return o, torch.empty((b, h, length), device=q.device, dtype=torch.float32)
+    return o, torch.empty((b, h, n_queries), device=q.device, dtype=torch.float32)
 
 
 def _backward(
@@ -357,25 +362,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = rows_contiguous(do), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     dq, dk, dv = _backward_fake(do, q, k, v, o, lse, scale)
-    b, length, h, d = q.shape
+    b, n_queries, h, d = q.shape
+    length = k.shape[1]
     if q.numel() == 0:
-        return dq, dk, dv
+        return dq, dk.zero_(), dv.zero_()
     size = blocks(d, length, q.element_size())
     delta = torch.empty_like(lse)
     m, n, num_warps, num_stages = size.dq
-    attention_delta_kernel[(cdiv(length, m), b * h)](
-        o, do, delta, length, h, *do.stride()[:3], D=d, D1=size.d1, D2=size.d2, M=m, num_warps=4
+    attention_delta_kernel[(cdiv(n_queries, m), b * h)](
+        o, do, delta, n_queries, h, *do.stride()[:3], D=d, D1=size.d1, D2=size.d2, M=m, num_warps=4
     )
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]
     c = scale * math.log2(math.e)
-    attention_dq_kernel[(cdiv(length, m), b * h)](
-        q, k, v, do, lse, delta, dq, length, h, *strides, c, scale,
+    attention_dq_kernel[(cdiv(n_queries, m), b * h)](
+        q, k, v, do, lse, delta, dq, n_queries, length, h, *strides, c, scale,
         D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_N=length % n == 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     m, n, num_warps, num_stages = size.dkdv
     attention_dkdv_kernel[(cdiv(length, n), b * h)](
-        q, k, v, do, lse, delta, dk, dv, length, h, *strides, c, scale,
-        D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_M=length % m == 0, num_warps=num_warps, num_stages=num_stages,
+        q, k, v, do, lse, delta, dk, dv, n_queries, length, h, *strides, c, scale,
+        D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_M=n_queries % m == 0, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -384,7 +390,8 @@ def _backward_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return dq, torch.empty_like(dq), torch.empty_like(dq)
+    dk = torch.empty(k.shape, device=k.device, dtype=k.dtype)
+    return dq, dk, torch.empty_like(dk)
 
 
 _op = register(
@@ -420,12 +427,12 @@ def is_bounded(logit_bound: float | None, dtype: torch.dtype) -> bool:
 
 
 def attention_triton(
-    q: Tensor,  # [B, L, H, d]
+    q: Tensor,  # [B, Lq, H, d]
     k: Tensor,  # [B, L, H, d]
     v: Tensor,  # [B, L, H, d]
     scale: float,
     logit_bound: float | None,
-) -> Tensor:  # [B, L, H, d], contiguous
+) -> Tensor:  # [B, Lq, H, d], contiguous
     """Joint attention by the kernels of this file; arguments as checked by `joint_attention`."""
     bounded = is_bounded(logit_bound, q.dtype)
     if wants_grad(q, k, v):

@@ -323,14 +323,14 @@ def _forward(
     qkv: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, split: int, eps: float, impl: str
 ) -> Tensor:
     qkv = rows_contiguous(qkv)
-    tables = [t.contiguous() for t in (q_scale, k_scale, cos, sin)]
+    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
     if impl == "cuda":
         from . import _cuda
 
-        out: Tensor = _cuda.qk_norm_rope(qkv, *tables, split, eps)
+        out: Tensor = _cuda.qk_norm_rope(qkv, q_scale, k_scale, cos, sin, split, eps)
         return out
     y = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
-    _launch_forward(qkv, *tables, y, split, eps)
+    _launch_forward(qkv, q_scale, k_scale, cos, sin, y, split, eps)
     return y
 
 
@@ -343,13 +343,13 @@ def _forward_fake(
 def _inplace(
     qkv: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, split: int, eps: float, impl: str
 ) -> None:
-    tables = [t.contiguous() for t in (q_scale, k_scale, cos, sin)]
+    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
     if impl == "cuda":
         from . import _cuda
 
-        _cuda.qk_norm_rope_(qkv, *tables, split, eps)
+        _cuda.qk_norm_rope_(qkv, q_scale, k_scale, cos, sin, split, eps)
     else:
-        _launch_forward(qkv, *tables, qkv, split, eps)
+        _launch_forward(qkv, q_scale, k_scale, cos, sin, qkv, split, eps)
 
 
 def _inplace_fake(
@@ -363,20 +363,20 @@ def _backward(
     split: int, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy, qkv = rows_contiguous(dy), rows_contiguous(qkv)
-    tables = [t.contiguous() for t in (q_scale, k_scale, cos, sin)]
+    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
     if impl == "cuda":
         from . import _cuda
 
-        grads: tuple[Tensor, Tensor, Tensor] = _cuda.qk_norm_rope_backward(dy, qkv, *tables, split, eps)
+        grads: tuple[Tensor, Tensor, Tensor] = _cuda.qk_norm_rope_backward(dy, qkv, q_scale, k_scale, cos, sin, split, eps)
         return grads
-    dx, dq, dk = _backward_fake(dy, qkv, *tables, split, eps, impl)
+    dx, dq, dk = _backward_fake(dy, qkv, q_scale, k_scale, cos, sin, split, eps, impl)
     b, length, _, h, d = qkv.shape
     launch = _launch(d, b * length, reduces=True)
     tiles = n_tiles(length, split, launch.rows * launch.iters)
     partial = torch.empty(1, tiles * b, 2, d, device=qkv.device, dtype=torch.float32)
     if qkv.numel():
         qk_norm_rope_backward_kernel[(tiles, b, 3)](
-            dy, qkv, *tables, dx, partial, length, split, h,
+            dy, qkv, q_scale, k_scale, cos, sin, dx, partial, length, split, h,
             *dy.stride()[:4], *qkv.stride()[:4], *dx.stride()[:4],
             d if q_scale.dim() == 2 else 0, eps,
             HALF=d // 2, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
