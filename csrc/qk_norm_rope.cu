@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(THREADS) forward_groups(Arguments p) {
 
 // Any even head size: one warp a head, x read twice.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) forward_warps(Arguments p) {
+__global__ void __launch_bounds__(THREADS, 4) forward_warps(Arguments p) {
     const int64_t item = (int64_t{blockIdx.x} * THREADS + threadIdx.x) / WARP;
     const int lane = threadIdx.x % WARP;
     const int64_t row = item / p.heads;

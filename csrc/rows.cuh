@@ -134,7 +134,7 @@ constexpr int WIDE_THREADS = 256;
 
 // One block a row of any width; x is read again (from the caches) instead of being kept.
 template <typename T, bool NORM, bool RESIDUAL>
-__global__ void __launch_bounds__(WIDE_THREADS) rows_forward_wide(ForwardArguments p) {
+__global__ void __launch_bounds__(WIDE_THREADS, 4) rows_forward_wide(ForwardArguments p) {
     SHARED_ARRAY(float, scratch, 2 * WARP);
     const int64_t row = blockIdx.x;
     const int64_t batch = row / p.length;
@@ -234,7 +234,7 @@ __device__ inline Chunk chunk_of(const BackwardArguments& p, int i) {
 constexpr int BACKWARD_THREADS = 320;
 
 template <typename T, bool NORM, bool RESIDUAL>
-__global__ void __launch_bounds__(BACKWARD_THREADS) rows_backward(BackwardArguments p) {
+__global__ void __launch_bounds__(BACKWARD_THREADS, 1) rows_backward(BackwardArguments p) {
     constexpr int N = VEC<T>;
     constexpr int R = NORM && RESIDUAL ? 2 : 4;  // rows at a time: eight 16-byte loads in flight
     const int64_t batch = blockIdx.y;
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rows_backward(BackwardArgume
 
 // The same for rows of any width: four passes over a row, sums over rows kept in `partial` (a thread owns its columns).
 template <typename T, bool NORM, bool RESIDUAL>
-__global__ void __launch_bounds__(WIDE_THREADS) rows_backward_wide(BackwardArguments p) {
+__global__ void __launch_bounds__(WIDE_THREADS, 4) rows_backward_wide(BackwardArguments p) {
     SHARED_ARRAY(float, scratch_mean, WARP);
     SHARED_ARRAY(float, scratch_square, WARP);
     SHARED_ARRAY(float, scratch_dots, 2 * WARP);

@@ -77,7 +77,7 @@ __device__ inline void load_weights(const W* p, int count, bool aligned, float (
 }
 
 template <typename W>
-__global__ void __launch_bounds__(THREADS) boundary(Arguments p) {
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 4 ? 1 : 2) boundary(Arguments p) {
     DYNAMIC_SHARED(float, row_space);  // [WARPS, width]: a row while it is normalized
     const int wide = padded(p.width), deep = padded(p.patch);
     float* const velocity = row_space + WARPS * wide;  // [2, TOKENS, patch]: conditional, null
