@@ -44,7 +44,9 @@ def blocks(d: int, length: int, itemsize: int) -> _Blocks:
     if itemsize > 2:
         sizes = (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)
     else:
-        sizes = (128, 64, 8 if d > 64 else 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)
+        # Tiles that spill on none of sm_80, sm_90 and sm_100; for more than 64 channels the key and value gradients
+        # of 128 keys leave room for 32 queries.
+        sizes = (128, 64, 8 if d > 64 else 4, 3), (32 if d > 64 else 64, 128, 8, 2), (128, 64, 8, 2)
     forward, dkdv, dq = ((min(m, most), min(n, most), warps, stages) for m, n, warps, stages in sizes)
     return _Blocks(d1, d2, forward, dkdv, dq)
 

@@ -35,12 +35,29 @@ from .norm_modulate import check_norm_modulate, norm_modulate_ref
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+MINIMUM_ARCHITECTURE = 89  # sm_89; the kernels compile for nothing older
 TINY = 1e-12  # rows smaller than this all over are stored as zeros of scale TINY / 448
 
 
 def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
     if wants_grad(*tensors):
         raise RuntimeError(f"{op} has no gradient: fp8 is for inference; call it under torch.no_grad()")
+
+
+@torch.compiler.assume_constant_result
+def _architecture(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _implementation(op: str, x: Tensor) -> str:
+    """What `chosen` says, on a device that knows fp8."""
+    if x.is_cuda and asked(op) != "ref" and _architecture(x.device.index) < MINIMUM_ARCHITECTURE:
+        raise KernelUnavailableError(
+            f"{op}: fp8 needs compute capability 8.9, this CUDA device has {_architecture(x.device.index) / 10}; "
+            f"stay with bf16, or ask for the slow reference by use({op}='ref')"
+        )
+    return chosen(op, x)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +224,10 @@ def norm_modulate_fp8(
     Raises:
         ValueError: a shape does not fit, or only one of shift and scale is given.
         RuntimeError: a gradient is wanted.
+        KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     _refuse_gradient("norm_modulate_fp8", x, shift, scale)
-    if chosen("norm_modulate_fp8", x) == "ref":
+    if _implementation("norm_modulate_fp8", x) == "ref":
         return norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
     check_norm_modulate(x, shift, scale, split)
     _, y, row_scale = _op(x, None, None, shift, scale, split, eps)
@@ -234,9 +252,10 @@ def gate_residual_norm_modulate_fp8(
     Raises:
         ValueError: a shape does not fit, or only one of shift and scale is given.
         RuntimeError: a gradient is wanted.
+        KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     _refuse_gradient("gate_residual_norm_modulate_fp8", x, branch, gate, shift, scale)
-    if chosen("gate_residual_norm_modulate_fp8", x) == "ref":
+    if _implementation("gate_residual_norm_modulate_fp8", x) == "ref":
         return gate_residual_norm_modulate_fp8_ref(x, branch, gate, shift, scale, split=split, eps=eps)
     check_gate_residual(x, branch, gate, split)
     check_norm_modulate(x, shift, scale, split)
@@ -256,11 +275,6 @@ def linear_fp8_ref(
     """`linear_fp8` in plain PyTorch: the matrix product of the stored values in fp32, scaled afterwards."""
     y = (x.float() @ w.float().t()) * x_scale * w_scale.flatten()
     return (y if b is None else y + b.float()).to(dtype)
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def linear_fp8(
@@ -285,7 +299,7 @@ def linear_fp8(
 
     Raises:
         ValueError: shapes or dtypes do not fit; on CUDA D and F must be multiples of 16.
-        KernelUnavailableError: the CUDA device has no fp8 matrix units.
+        KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     d, f = x.shape[-1], w.shape[0]
     if x.dtype != FP8 or w.dtype != FP8:
@@ -296,10 +310,9 @@ def linear_fp8(
             f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)}, w {tuple(w.shape)}, w_scale {tuple(w_scale.shape)}"
             " do not fit; expected [..., D], [..., 1], [F, D], [F, 1]"
         )
+    _implementation("linear_fp8", x)
     if not x.is_cuda or asked("linear_fp8") == "ref" or x.numel() == 0:
         return linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
-    if _capability(x.device.index) < (8, 9):
-        raise KernelUnavailableError("linear_fp8: this CUDA device has no fp8 matrix units (they came with 8.9)")
     if d % 16 or f % 16:
         raise ValueError(f"D = {d} and F = {f}; fp8 matrix products on CUDA need multiples of 16")
     y: Tensor = torch._scaled_mm(

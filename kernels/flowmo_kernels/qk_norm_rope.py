@@ -367,8 +367,8 @@ def _backward(
     if impl == "cuda":
         from . import _cuda
 
-        grads: tuple[Tensor, Tensor, Tensor] = _cuda.qk_norm_rope_backward(dy, qkv, q_scale, k_scale, cos, sin, split, eps)
-        return grads
+        dx, dq, dk = _cuda.qk_norm_rope_backward(dy, qkv, q_scale, k_scale, cos, sin, split, eps)
+        return dx, dq, dk
     dx, dq, dk = _backward_fake(dy, qkv, q_scale, k_scale, cos, sin, split, eps, impl)
     b, length, _, h, d = qkv.shape
     launch = _launch(d, b * length, reduces=True)
