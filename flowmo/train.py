@@ -10,9 +10,8 @@ Presets: lo, hi, small, continuous, tiny, quickstart. The same command again res
 
 from __future__ import annotations
 
-from flowmo import cli, quickstart
+from flowmo import cli
 from flowmo.config import parse, to_yaml
-from flowmo.training.loop import Trainer
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +22,9 @@ def main(arguments: list[str]) -> int:
     if "--dry-run" in arguments:
         print(to_yaml(config), end="")
         return 0
+    from flowmo import quickstart  # late, so that mistakes in the command are said at once
+    from flowmo.training.loop import Trainer
+
     if config.preset == "quickstart" and config.data.path == "samples":
         return quickstart.run(config)
     Trainer(config).fit()

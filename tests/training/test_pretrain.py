@@ -1,0 +1,185 @@
+"""Stage 1A: its noise law, its loss, its optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flowmo import FlowMo
+from flowmo.config import LossConfig, NoiseConfig, OptimConfig
+from flowmo.layers import patchify
+from flowmo.perceptual import load_perceptual
+from flowmo.training.optim import AdamHoldEMA, is_held, learning_rate
+from flowmo.training.pretrain import flow_loss, pretrain_loss, sample_noise_levels
+from tests.model import golden
+
+N = 200_000
+
+
+def law(name: str, **options: float) -> torch.Tensor:
+    return sample_noise_levels(N, NoiseConfig(law=name, **options), torch.Generator().manual_seed(0))
+
+
+def test_noise_laws_by_their_quantiles():
+    # Four standard errors of a probability estimated from N draws.
+    error = 4 * 0.5 / math.sqrt(N)
+    for t in (0.02, 0.3, 0.5, 0.9, 0.99):
+        normal = 0.5 * (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2)))
+        shifted = 0.5 * (1 + math.erf((math.log(t / (1 - t)) - 1.5) / (0.5 * math.sqrt(2))))
+        for sample, expected in (
+            (law("uniform"), t),
+            (law("logit_normal"), normal),
+            (law("thick_logit_normal", tail=0.1), 0.9 * normal + 0.1 * t),
+            (law("logit_normal", mean=1.5, std=0.5), shifted),
+        ):
+            assert float((sample < t).float().mean()) == pytest.approx(expected, abs=error)
+
+
+@pytest.fixture
+def model() -> FlowMo:
+    model = FlowMo("tiny")
+    golden.fill(model.named_parameters())
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def losses(model, images, seed=0, **options):
+    perceptual = options.pop("perceptual", None)
+    frozen = options.pop("frozen_encoder", False)
+    return pretrain_loss(
+        model,
+        images,
+        LossConfig(**options),
+        NoiseConfig(),
+        perceptual,
+        torch.Generator().manual_seed(seed),
+        frozen_encoder=frozen,
+    )
+
+
+def test_total_is_the_weighted_sum(model, images):
+    network = load_perceptual("random")
+    out = losses(model, images, perceptual=network, entropy=0.5, commitment=0.25, perceptual_weight=2.0)
+    expected = (
+        out["flow"]
+        + 0.5 * (out["entropy_per_sample"] - out["entropy_codebook"])
+        + 0.25 * out["commitment"]
+        + 2.0 * out["perceptual"]
+    )
+    torch.testing.assert_close(out["total"], expected)
+    assert out["perceptual"] > 0
+
+
+def test_flow_loss_is_zero_for_the_true_velocity(images):
+    data = patchify(images, 4)
+    noise = torch.randn_like(data)
+    assert flow_loss(noise - data, data, noise) == 0
+    torch.testing.assert_close(flow_loss(torch.zeros_like(data), data, noise), (noise - data).square().mean())
+
+
+def test_condition_dropout_zeroes_code_and_flag(model, images, monkeypatch):
+    seen = []
+    velocity = model.velocity
+    monkeypatch.setattr(model, "velocity", lambda x, t, c: (seen.append(c), velocity(x, t, c))[1])
+    kept = []
+    for seed in range(100):
+        losses(model, images, seed=seed, condition_dropout=0.25)
+        kept.append(seen[-1].abs().sum((1, 2)) > 0)
+        flag = seen[-1][..., -1]
+        assert torch.equal(flag, kept[-1][:, None].float().expand_as(flag))
+    # 400 independent draws: four standard errors.
+    assert float(torch.stack(kept).float().mean()) == pytest.approx(0.75, abs=4 * math.sqrt(0.25 * 0.75 / 400))
+
+
+def test_frozen_encoder_gets_no_gradient(model, images):
+    losses(model, images, frozen_encoder=True)["total"].backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert model.decoder.img_in.weight.grad is not None
+    losses(model, images)["total"].backward()
+    assert model.encoder.img_in.weight.grad is not None
+
+
+def test_perceptual_gradient_reaches_the_decoder(model, images):
+    losses(model, images, perceptual=load_perceptual("random"), perceptual_weight=1000.0)["total"].backward()
+    with_perceptual = model.decoder.img_in.weight.grad.clone()
+    model.zero_grad()
+    losses(model, images)["total"].backward()
+    assert not torch.allclose(with_perceptual, model.decoder.img_in.weight.grad, rtol=0.1)
+
+
+@pytest.mark.parametrize("hold", ["matrix", "channel", "none"])
+def test_norms_of_block_weights_are_held(model, images, hold):
+    named = dict(model.decoder.named_parameters(prefix="decoder"))
+    optimizer = AdamHoldEMA(named, OptimConfig(hold_norms=hold))
+    dims = (1,) if hold == "channel" else None
+    key, free = "decoder.double_blocks.0.img_attn.qkv.weight", "decoder.img_in.weight"
+    assert is_held(key) and not is_held(free) and not is_held("decoder.double_blocks.0.img_attn.qkv.bias")
+    before = {k: named[k].detach().clone() for k in (key, free)}
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(x, dim=dims)
+
+    for _ in range(3):
+        losses(model, images)["total"].backward()
+        optimizer.step(0.05)
+    for k in (key, free):
+        held = torch.allclose(norm(named[k].detach()), norm(before[k]), rtol=1e-5)
+        assert held == (hold != "none" and k == key)
+        assert not torch.allclose(named[k], before[k], atol=1e-3)
+
+
+def test_average_follows_its_decay(model):
+    named = {"w": torch.nn.Parameter(torch.zeros(3))}
+    optimizer = AdamHoldEMA(named, OptimConfig(ema_decay=0.9, ema_every=2))
+    path = []
+    for _ in range(4):
+        named["w"].grad = -torch.ones(3)
+        optimizer.step(0.1)
+        path.append(named["w"].detach().clone())
+    # Every second step a = 0.9^2 a + (1 - 0.9^2) w.
+    expected = 0.81 * (0.19 * path[1]) + 0.19 * path[3]
+    torch.testing.assert_close(optimizer.average["w"], expected)
+
+
+def test_parameters_without_gradient_keep_their_moments():
+    named = {k: torch.nn.Parameter(torch.ones(2)) for k in "ab"}
+    optimizer = AdamHoldEMA(named, OptimConfig())
+    for p in named.values():
+        p.grad = torch.ones(2)
+    optimizer.step(0.1)
+    moments = optimizer.exp_avg["a"].clone()
+    frozen = named["a"].detach().clone()
+    named["b"].grad = torch.ones(2)
+    optimizer.step(0.1)
+    assert torch.equal(optimizer.exp_avg["a"], moments) and torch.equal(named["a"], frozen)
+    assert not torch.equal(named["b"], frozen)
+
+
+def test_adam_matches_torch():
+    torch.manual_seed(0)
+    ours = {"w": torch.nn.Parameter(torch.randn(5, 3))}
+    theirs = torch.nn.Parameter(ours["w"].detach().clone())
+    optimizer = AdamHoldEMA(ours, OptimConfig(hold_norms="none"))
+    reference = torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(5):
+        g = torch.randn(5, 3)
+        ours["w"].grad, theirs.grad = g.clone(), g.clone()
+        optimizer.step(1e-2)
+        reference.step()
+    torch.testing.assert_close(ours["w"], theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_learning_rates():
+    assert learning_rate(OptimConfig(lr=1.0), 10**6, 0.9) == 1.0
+    warm = OptimConfig(lr=1.0, warmup=10)
+    assert [learning_rate(warm, s, 0.0) for s in (0, 4, 9, 20)] == [0.1, 0.5, 1.0, 1.0]
+    cosine = OptimConfig(lr=1.0, schedule="cosine")
+    assert learning_rate(cosine, 5, 0.0) == 1.0
+    assert learning_rate(cosine, 5, 0.5) == pytest.approx(0.5)
+    assert learning_rate(cosine, 5, 1.0) == pytest.approx(0.0)
