@@ -285,7 +285,7 @@ class FlowMo(nn.Module):
         fp8: bool = False,
         attention: str = "auto",
     ) -> EncodePlan:
-        """An encoder prepared for batches of up to `batch` pictures: `plan(images) -> codes`; as :meth:`decode_plan`."""
+        """An encoder prepared for up to `batch` pictures: `plan(images) -> codes`; options as :meth:`decode_plan`."""
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
         plan = self.engine.encode_plan(self, batch, dtype=dtype, graph=graph, fp8=fp8, attention=attention)

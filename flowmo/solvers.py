@@ -7,7 +7,7 @@ Convention of the released checkpoints: x_t = t z + (1 - t) x with noise z, velo
     ab2     x' = x - d ((1 + r / 2) v - r / 2 v_last), r = d / d_last, Euler first   1 evaluation a step, order 2
     dpm     x' = (t' / t) x + (1 - t' / t) D, with the clean picture D = x - t v extrapolated in the log
             signal-to-noise ratio l = log((1 - t) / t): D <- D + (D - D_last) h / (2 h_last), h = l' - l;
-            plain D where h or h_last is infinite                                    1 evaluation a step, order 2
+            plain D where h or h_last is infinite                1 evaluation a step, order 2 up to log(steps)
 
 Euler with 25 steps is the paper's sampler (section 3.4) and the default everywhere. Heun's rule with an Euler step at
 the end follows Karras et al. 2022, dpm the second-order multistep DPM-Solver++ of Lu et al. 2022 in data prediction.

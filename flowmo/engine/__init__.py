@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from flowmo.engine.cache import Engine, psnr_to_exact
 from flowmo.engine.decode import DecodePlan, Schedule
 from flowmo.engine.encode import EncodePlan

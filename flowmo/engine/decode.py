@@ -97,7 +97,9 @@ class DecodePlan(Plan):
         b = codes.shape[0]
         if codes.shape[1:] != (c.latent_tokens, c.latent_channels) or not 1 <= b <= self.batch:
             expected = f"[b, {c.latent_tokens}, {c.latent_channels}] with b from 1 to {self.batch}"
-            raise ValueError(f"codes: expected shape {expected}, got {list(codes.shape)}; make a plan of a larger batch")
+            raise ValueError(
+                f"codes: expected shape {expected}, got {list(codes.shape)}; make a plan of a larger batch"
+            )
         if tuple(noise.shape) != (b, 3, c.image_size, c.image_size):
             raise ValueError(f"noise: expected shape {[b, 3, c.image_size, c.image_size]}, got {list(noise.shape)}")
         self.refresh()

@@ -49,7 +49,9 @@ class EncodePlan(Plan):
         size, b = self.config.image_size, images.shape[0]
         if images.shape[1:] != (3, size, size) or not 1 <= b <= self.batch:
             expected = f"[b, 3, {size}, {size}] with b from 1 to {self.batch}"
-            raise ValueError(f"images: expected shape {expected}, got {list(images.shape)}; make a plan of a larger batch")
+            raise ValueError(
+                f"images: expected shape {expected}, got {list(images.shape)}; make a plan of a larger batch"
+            )
         self.refresh()
         return self.run(images)
 

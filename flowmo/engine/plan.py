@@ -70,7 +70,9 @@ class Plan:
         if model is None:  # nobody can change the weights any more
             return
         if model.device != self.device:
-            raise RuntimeError(f"this plan runs on {self.device}, but the model is now on {model.device}: make a new plan")
+            raise RuntimeError(
+                f"this plan runs on {self.device}, but the model is now on {model.device}: make a new plan"
+            )
         if model.engine.weights(model, self.part, self.dtype, self.fp8) is not self._weights:
             self._prepare(model)
 
@@ -147,6 +149,10 @@ class Plan:
 def check_fp8(fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError where fp8 linear layers cannot run."""
     if fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise ValueError(f"fp8=True: expected a CUDA device of compute capability 8.9 or newer, got {device}; use fp8=False")
+        raise ValueError(
+            f"fp8=True: expected a CUDA device of compute capability 8.9 or newer, got {device}; use fp8=False"
+        )
     if fp8 and dtype == torch.float32:
-        raise ValueError("fp8=True: expected dtype torch.bfloat16 or torch.float16 for what stays out of fp8, got float32")
+        raise ValueError(
+            "fp8=True: expected dtype torch.bfloat16 or torch.float16 for what stays out of fp8, got float32"
+        )

@@ -154,9 +154,7 @@ class Trunk:
         for part, layer in ((slice(0, split), block.txt.qkv), (slice(split, rows), block.img.qkv)):
             y.linear(part, layer, qkv[part, qkv.shape[1] - layer.w.shape[0] :])
         joint = qkv.view(w.length, batch, 3, w.heads, -1).transpose(0, 1)
-        q, k, v = qk_norm_rope(
-            joint, block.q_scale, block.k_scale, w.rope, split=w.latents, inplace=True
-        ).unbind(2)
+        q, k, v = qk_norm_rope(joint, block.q_scale, block.k_scale, w.rope, split=w.latents, inplace=True).unbind(2)
         if live is not None:
             q = q[:, w.latents :] if live == "img" else q[:, : w.latents]
         return attend(q, k, v, self.attention, block.logit_bound)
