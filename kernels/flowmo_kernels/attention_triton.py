@@ -338,6 +338,8 @@ def attention_dq_kernel(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    if max(x.shape[1] * x.stride(1) for x in (q, k, v)) >= 2**31:
+        raise ValueError(f"{k.shape[1]} tokens span over 2^31 elements, the reach of this kernel; use backend='auto'")
     o, lse = _forward_fake(q, k, v, scale, bounded)
     b, n_queries, h, d = q.shape
     length = k.shape[1]

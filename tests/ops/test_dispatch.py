@@ -106,21 +106,16 @@ def test_cuda_tensors_take_triton() -> None:
 
 
 @no_card
-def test_missing_implementations_are_errors_with_a_reason() -> None:
+def test_missing_implementations_are_errors_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelUnavailableError, match="cuda was asked for, but "), use("cuda"):
         pass
     with pytest.raises(KernelUnavailableError, match="lfq: cuda was asked for, but "), use(lfq="cuda"):
         pass
     with pytest.raises(KernelUnavailableError, match="linear_gelu has no cuda implementation"), use(linear_gelu="cuda"):
         pass
-    done = python("""
-import flowmo_kernels as fk
-try:
-    fk.use("triton").__enter__()
-except fk.KernelUnavailableError as error:
-    print(error)
-""")
-    assert "no CUDA device, and TRITON_INTERPRET=1 was not set" in done.stdout, done.stderr
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    with pytest.raises(KernelUnavailableError, match="no CUDA device, and TRITON_INTERPRET=1 was not"), use("triton"):
+        pass
 
 
 def test_unknown_names() -> None:
@@ -130,14 +125,18 @@ def test_unknown_names() -> None:
         pass
 
 
-def test_environment() -> None:
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _dispatch.parse("auto, lfq=cuda") == ("auto", {"lfq": "cuda"})
     assert _dispatch.parse("") == ("auto", {})
     code = "import torch, flowmo_kernels as fk; x = torch.zeros(1); print(fk.chosen('lfq', x), fk.chosen('ema', x))"
     done = python(code, FLOWMO_KERNELS="triton,ema=ref", TRITON_INTERPRET="1")
     assert done.stdout.split() == ["triton", "ref"], done.stderr
-    done = python(code, FLOWMO_KERNELS="trition")
-    assert done.returncode != 0 and "'trition' is not one of auto" in done.stderr
+    # A bad variable is an error at the first use of an op, every time.
+    monkeypatch.setattr(_dispatch, "_default", "trition")
+    monkeypatch.setattr(_dispatch, "_checked", False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'trition' is not one of auto"):
+            chosen("lfq", CPU)
 
 
 @no_card
