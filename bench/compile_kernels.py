@@ -35,6 +35,9 @@ ARCHITECTURES = (80, 90, 100)
 # (kernel, label, architecture): why this spill is right. Empty: nothing spills.
 ALLOWED_SPILLS: dict[tuple[str, str, int], str] = {}
 
+# Kernels that need a newer architecture than the oldest one: the first that has what they use, and what that is.
+NEEDS: dict[str, tuple[int, str]] = {"norm_modulate_fp8_kernel": (89, "the e4m3 format")}
+
 
 @dataclass
 class Report:
@@ -127,8 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     jobs = []
     for name in op_modules(options.only):
-        count = len(importlib.import_module(f"flowmo_kernels.{name}").aot_signatures())
-        jobs += [(name, index, arch) for arch in architectures for index in range(count)]
+        for index, (kernel, *_) in enumerate(importlib.import_module(f"flowmo_kernels.{name}").aot_signatures()):
+            least, why = NEEDS.get(kernel.__name__, (0, ""))
+            jobs += [(name, index, arch) for arch in architectures if arch >= least]
+            for arch in architectures:
+                if arch < least:
+                    print(f"{kernel.__name__} needs {why} of sm_{least}: not compiled for sm_{arch}")
     if not jobs:
         print(f"no op module with kernels matches {options.only!r}")
         return 2

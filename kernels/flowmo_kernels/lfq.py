@@ -303,7 +303,8 @@ def forward_launch(bits: int) -> Launch:
 def backward_launch(bits: int) -> Launch:
     half, rest = 1 << bits // 2, 1 << (bits - bits // 2)
     block_i, block_j = min(max(half, 16), 64), min(max(rest, 16), 64)
-    return Launch(32, block_i, block_j, 8 if block_i * block_j > 2048 else 4)
+    # Larger blocks of tokens, or more warps, spill on one architecture or another.
+    return Launch(16 if block_i * block_j > 2048 else 32, block_i, block_j, 4)
 
 
 # Programs that share the tokens: about one to a processor of the largest cards.
