@@ -105,8 +105,8 @@ def write_ninja(folder: Path, target: Path, nvcc: str, archs: list[str]) -> None
 
     sources = sorted((ROOT / "csrc").glob("*.cu"))
     compiler = os.environ.get("CXX", "g++").split()[0]
-    cuda_flags = ["-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-ccbin", compiler, "--threads", str(len(archs))]
-    cuda_flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *generate_code_flags(archs)]
+    cuda_flags = ["-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-ccbin", compiler]
+    cuda_flags += ["--threads", str(len(archs)), "-Xcompiler", "-fPIC,-fvisibility=hidden", *generate_code_flags(archs)]
     includes = [f'-I"{pybind11.get_include()}"', f'-I"{sysconfig.get_path("include")}"']
     text = [
         "ninja_required_version = 1.5",

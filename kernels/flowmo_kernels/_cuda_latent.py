@@ -37,18 +37,21 @@ def lfq(
     rows = _rows(x)
     factors = channels // bits
     half, rest = bits // 2, bits - bits // 2
-    fp32 = {"dtype": torch.float32, "device": x.device}
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens = torch.empty(batch, length * factors, dtype=torch.int64, device=x.device)
-    sample, codebook, commitment = (torch.empty((), **fp32) for _ in range(3))
-    gradient = torch.empty(1 << rest, 1 << half, **fp32)
+    sample, codebook, commitment = (fp32() for _ in range(3))
+    gradient = fp32(1 << rest, 1 << half)
     side = 32 if bits <= 10 else 128
     tiles = -(-(1 << half) // side) * -(-(1 << rest) // side)
     splits = max(1, min(-(-rows.shape[0] * factors // TOKENS_AT_ONCE), SPLITS // tiles))
     blocks = max(1, min(-(-rows.shape[0] // ROWS_PER_BLOCK), MOST_BLOCKS))
-    pairs = torch.empty(splits, 1 << bits, **fp32)
-    sums = torch.empty(2, blocks, **fp32)
-    entropies = torch.empty(-(-(1 << bits) // CODES_PER_BLOCK), **fp32)
+    pairs = fp32(splits, 1 << bits)
+    sums = fp32(2, blocks)
+    entropies = fp32(-(-(1 << bits) // CODES_PER_BLOCK))
     launch(
         "lfq", codes, tokens, sample, codebook, commitment, gradient, pairs, sums, entropies, rows, rows.shape[0],
         rows.stride(0), channels, bits, splits, blocks, float(temperature), CODEBOOK_EPS, dtype_code("x", x),
