@@ -6,6 +6,7 @@ Shapes: B images, T latent tokens, N image tokens, L = T + N, D hidden width, H 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -142,4 +143,5 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[2](linear_gelu(x, self[0].weight, self[0].bias))
+        first = cast(nn.Linear, self[0])
+        return self[2](linear_gelu(x, first.weight, first.bias))

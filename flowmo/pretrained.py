@@ -81,10 +81,18 @@ def save(model: FlowMo, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors` (which carries the configuration too), each atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(model.config), indent=2) + "\n"
+    save_file_with_config(model, folder / "model.safetensors")
+    atomic_write(folder / "config.json", lambda f: Path(f).write_text(_config_text(model)))
+
+
+def save_file_with_config(model: FlowMo, path: str | os.PathLike[str]) -> None:
+    """Write one safetensors file that :func:`load` can read on its own: the configuration is in its metadata."""
     state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
-    atomic_write(folder / "model.safetensors", lambda f: save_file(state, f, metadata={"config": text}))
-    atomic_write(folder / "config.json", lambda f: Path(f).write_text(text))
+    atomic_write(path, lambda f: save_file(state, f, metadata={"config": _config_text(model)}))
+
+
+def _config_text(model: FlowMo) -> str:
+    return json.dumps(asdict(model.config), indent=2) + "\n"
 
 
 def save_released(

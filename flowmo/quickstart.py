@@ -7,6 +7,7 @@ beside them. A dozen photographs are no quality benchmark either; the figures sa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     models = {"this run": trainer.averaged()}
     weights = shipped_weights("quickstart")
     if weights is not None:
-        models["shipped weights"] = FlowMo.from_pretrained(weights, device=trainer.device)
+        models["shipped weights"] = FlowMo.from_pretrained(weights, device=trainer.device, dtype=torch.float32)
     rows = {name: reconstruct(model, originals, config) for name, model in models.items()}
     scores = {name: psnr(row, originals) for name, row in rows.items()}
 
@@ -75,7 +76,7 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     crops = unseen_crops(config)
     crop_baseline = float(psnr(mean_colour_baseline(crops), crops).mean())
     crop_score = float(psnr(reconstruct(models["this run"], crops, config), crops).mean())
-    first, last = trainer.first_flow, last_flow(run)
+    first, last = trainer.first_flow or math.nan, last_flow(run)
     bars = {
         f"flow loss {first:.4f} to {last:.4f}, under a quarter": last < first / 4,
         f"unseen crops of the training photographs {crop_score:.2f} dB, mean colour {crop_baseline:.2f} dB, "

@@ -34,9 +34,8 @@ def main(arguments: list[str]) -> int:
             raise FileNotFoundError("this copy of flowmo ships no weights; name a model with --checkpoint")
         print("no --checkpoint: using the small quickstart weights, which are no quality benchmark")
     device = resolve_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None}[options.precision]
-    if dtype is None and device.type == "cuda":
-        dtype = torch.bfloat16
+    fast = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if fast else torch.float32
     model = FlowMo.from_pretrained(options.checkpoint, device=device, dtype=dtype)
     side = options.size or max(
         model.config.image_size, SMALLEST_SIDE // model.config.image_size * model.config.image_size

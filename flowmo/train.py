@@ -10,6 +10,8 @@ Presets: lo, hi, small, continuous, tiny, quickstart. The same command again res
 
 from __future__ import annotations
 
+import logging
+
 from flowmo import cli
 from flowmo.config import parse, to_yaml
 
@@ -22,6 +24,7 @@ def main(arguments: list[str]) -> int:
     if "--dry-run" in arguments:
         print(to_yaml(config), end="")
         return 0
+    logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every sample grid prepares its own plan
     from flowmo import quickstart  # late, so that mistakes in the command are said at once
     from flowmo.training.loop import Trainer
 

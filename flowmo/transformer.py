@@ -48,6 +48,13 @@ class DoubleStreamBlock(nn.Module):
     stream's output alone is not computed; its keys and values are.
     """
 
+    img_mod: Modulation
+    txt_mod: Modulation
+    img_attn: StreamAttention
+    txt_attn: StreamAttention
+    img_mlp: MLP
+    txt_mlp: MLP
+
     def __init__(self, hidden: int, heads: int, live: Stream | None = None) -> None:
         super().__init__()
         self.heads = heads

@@ -83,7 +83,7 @@ def _unit(f: Tensor) -> Tensor:
 
 
 def load_perceptual(
-    kind: Literal["lpips", "random", "none"] = "lpips",
+    kind: str = "lpips",  # lpips | random | none
     weights: PathLike | None = None,
     heads: PathLike | None = None,
     *,

@@ -33,6 +33,7 @@ logger = logging.getLogger("flowmo")
 FREE_KEYS = (
     *(f"trainer.{k}" for k in ("steps", "minutes", "log_every", "sample_every", "sample_images", "save_every")),
     *(f"trainer.{k}" for k in ("keep", "keep_every", "device", "threads", "compile", "gradient_checkpointing")),
+    *(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval")),
     "data.workers",
     "run",
 )
@@ -290,8 +291,8 @@ class Trainer:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for restored, handler in before.items():
+                signal.signal(restored, handler)
 
 
 def resolve_device(name: str) -> torch.device:

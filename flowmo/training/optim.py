@@ -48,17 +48,18 @@ class AdamHoldEMA:
     def step(self, lr: float) -> None:
         """One update from the gradients that are there; they are cleared."""
         self.step_count += 1
-        keys = [k for k, p in self.parameters.items() if p.grad is not None]
+        grads = {k: p.grad for k, p in self.parameters.items() if p.grad is not None}
+        keys = list(grads)
         every = self.config.ema_every
         due = self.step_count % every == 0
         adam_hold_ema_(
             [self.parameters[k].detach() for k in keys],
-            [self.parameters[k].grad for k in keys],
+            list(grads.values()),
             [self.exp_avg[k] for k in keys],
             [self.exp_avg_sq[k] for k in keys],
             step=self.step_count,
             lr=lr,
-            betas=tuple(self.config.betas),
+            betas=self.config.betas,
             eps=self.config.eps,
             norms=[self.norm.get(k) for k in keys],
             per_channel=self.config.hold_norms == "channel",

@@ -134,8 +134,8 @@ def test_half_written_model_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         FlowMo.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"sizes": 1}')
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         FlowMo.from_pretrained(tmp_path)
