@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
