@@ -109,6 +109,44 @@ def transformer(module: Any, patches: Tensor, latents: Tensor, t: Tensor | None)
     return head(module.final_layer_img, img, vec), head(module.final_layer_txt, txt, vec)
 
 
+def quantize(latent: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes with straight-through gradient, and the quantizer's loss by a softmax over all 2^bits codes."""
+    tokens = latent.unflatten(-1, (bits, -1)).transpose(-1, -2).reshape(-1, bits)
+    codes = torch.where(latent > 0, 1.0, -1.0)
+    every = 2.0 * (
+        (torch.arange(2**bits, device=latent.device)[:, None] >> torch.arange(bits, device=latent.device)) & 1
+    )
+    log_p = F.log_softmax(2 * tokens @ (every - 1).to(tokens.dtype).T / 0.1, -1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    entropy = -(p * log_p).sum(-1).mean() + (mean * torch.log(mean + 1e-5)).sum()
+    commitment = (latent - codes).square().mean()
+    return latent + (codes - latent).detach(), 0.0025 * entropy + 0.000625 * commitment
+
+
+def loss_of(model: FlowMo, optimize: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+    """images -> Stage 1A loss without its perceptual term; encoder, quantizer and decoder each compiled on its own."""
+    c = model.config
+
+    def encode(images: Tensor) -> Tensor:
+        zeros = images.new_zeros(images.shape[0], c.latent_tokens, c.latent_channels)
+        return transformer(model.encoder, patchify(images, c.patch), zeros, None)[1]
+
+    parts = [optimize(f) for f in (encode, lambda latent: quantize(latent, c.entropy_bits), velocity_of(model))]
+
+    def loss(images: Tensor) -> Tensor:
+        codes, penalty = parts[1](parts[0](images))
+        t = torch.sigmoid(torch.randn(len(images), device=images.device))
+        z = torch.randn_like(images)
+        level = t[:, None, None, None]
+        keep = (torch.rand(len(images), 1, 1, device=images.device) >= 0.1).to(codes.dtype)
+        condition = torch.cat([codes, torch.ones_like(codes[..., :1])], -1) * keep
+        v = parts[2](level * z + (1 - level) * images, t, condition)
+        return (v - (z - images)).square().mean() + penalty
+
+    return loss
+
+
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -61,7 +61,7 @@ class Engine:
         key = "decoder", schedule, dtype, graph, fp8, attention, model.device
         plan = self._find(key, batch)
         if plan is None:
-            options = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
+            options: dict[str, Any] = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
             plan = self._keep(key, batch, DecodePlan(model, batch, schedule, **options))
         assert isinstance(plan, DecodePlan)
         if drop and not modulation_dropped(model.decoder):
@@ -84,7 +84,7 @@ class Engine:
         key = "encoder", None, dtype, graph, fp8, attention, model.device
         plan = self._find(key, batch)
         if plan is None:
-            options = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
+            options: dict[str, Any] = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
             plan = self._keep(key, batch, EncodePlan(model, batch, **options))
         assert isinstance(plan, EncodePlan)
         return plan
@@ -102,7 +102,7 @@ class Engine:
                 del self._weights[stale]
             for old in [k for k in self._plans if k[0][0] == part]:
                 del self._plans[old]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             found = TransformerWeights(module, dtype, fp8)
         same_part = [k for k in self._weights if k[0] == part]
         for surplus in same_part[: len(same_part) + 1 - KEPT_WEIGHTS]:

@@ -94,19 +94,22 @@ class Plan:
         if self._calls and not self.captured:  # a first call is not worth a capture: there may be no second
             self.capture()
         self._calls += 1
-        if self.device.type == "cuda":
+        # Inside a capture of the caller's this plan becomes part of that graph: no graph of its own, no outside event.
+        on_card = self.device.type == "cuda"
+        nested = on_card and torch.cuda.is_current_stream_capturing()
+        if on_card and not nested:
             torch.cuda.current_stream(self.device).wait_event(self._done)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for buffer, given in zip(self._inputs(), inputs):
                 buffer[:n].copy_(given)
                 if n < self.batch:
                     buffer[n:].copy_(given[-1:].expand(self.batch - n, *given.shape[1:]))
-            if self._graph is None:
+            if self._graph is None or nested:
                 out = self._run()[:n]
             else:
                 self._graph.replay()
                 out = self._output[:n].clone()
-        if self.device.type == "cuda":
+        if on_card and not nested:
             self._done.record(torch.cuda.current_stream(self.device))
         return out
 
@@ -116,7 +119,8 @@ class Plan:
         self._calls = 0
         if self.device.type == "cuda":
             self._done = torch.cuda.Event()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        # Buffers made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self._weights: TransformerWeights = model.engine.weights(model, self.part, self.dtype, self.fp8)
             self._build(model)
         self.builds += 1

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.layers import timestep_embedding
-from flowmo.transformer import DoubleStreamBlock, MMDiT
+from flowmo.transformer import MMDiT
 from flowmo_kernels import quantize_rows
 
 TABLES = 4  # modulation tables kept for a set of weights: schedules that take turns
@@ -67,15 +67,16 @@ class TransformerWeights:
     """One transformer's weights in the engine's dtype; parameters already in it are shared, not copied."""
 
     def __init__(self, mmdit: MMDiT, dtype: torch.dtype, fp8: bool = False) -> None:
+        blocks = _blocks(mmdit)
         self.fingerprint = Fingerprint(mmdit)
         self.dtype, self.fp8 = dtype, fp8
         self.latents = mmdit.latent_tokens
-        self.heads = mmdit.double_blocks[0].heads
+        self.heads: int = blocks[0].heads
         self.live = mmdit.output
         self.img_in, self.txt_in = self._linear(mmdit.img_in), self._linear(mmdit.txt_in)
         self.out = self._linear(getattr(mmdit, f"final_layer_{mmdit.output}").linear)
         self.rope = mmdit.rope_cos, mmdit.rope_sin
-        self.blocks = [self._block(b) for b in mmdit.double_blocks]
+        self.blocks = [self._block(b) for b in blocks]
         self._tables: dict[tuple[float, ...], Modulation] = {}
 
     @property
@@ -104,7 +105,7 @@ class TransformerWeights:
             return Linear(values, b.to(self.dtype), scales)
         return Linear(w.to(self.dtype), b.to(self.dtype))
 
-    def _stream(self, block: DoubleStreamBlock, stream: str) -> StreamWeights:
+    def _stream(self, block: Any, stream: str) -> StreamWeights:
         attention, mlp = getattr(block, f"{stream}_attn"), getattr(block, f"{stream}_mlp")
         if block.live not in (None, stream):
             return StreamWeights(self._linear(attention.qkv, self.fp8, first=attention.proj.in_features), *[None] * 3)
@@ -116,7 +117,7 @@ class TransformerWeights:
             self._linear(mlp[2]),
         )
 
-    def _block(self, block: DoubleStreamBlock) -> BlockWeights:
+    def _block(self, block: Any) -> BlockWeights:
         norms = block.txt_attn.norm, block.img_attn.norm
         q_scale = torch.stack([n.query_norm.scale.detach().float() for n in norms])
         k_scale = torch.stack([n.key_norm.scale.detach().float() for n in norms])
@@ -150,7 +151,7 @@ class Modulation(NamedTuple):
             blocks = torch.stack(
                 [
                     torch.stack([_linear32(activated, m.lin).unflatten(-1, (6, -1)) for m in (b.txt_mod, b.img_mod)], 2)
-                    for b in mmdit.double_blocks
+                    for b in _blocks(mmdit)
                 ],
                 1,
             )
@@ -160,6 +161,11 @@ class Modulation(NamedTuple):
 
     def to(self, device: torch.device) -> Modulation:
         return Modulation(self.times, self.blocks.to(device), self.last.to(device))
+
+
+def _blocks(mmdit: MMDiT) -> list[Any]:
+    """The blocks; their parts are looked up by name, which type checkers do not follow through nn.Module."""
+    return list(mmdit.double_blocks)
 
 
 def _linear32(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -173,7 +179,7 @@ DROPPED = (
 
 
 def modulation_dropped(mmdit: MMDiT) -> bool:
-    return mmdit.double_blocks[0].img_mod.lin.weight is None
+    return _blocks(mmdit)[0].img_mod.lin.weight is None
 
 
 def drop_modulation(mmdit: MMDiT) -> None:
@@ -183,8 +189,8 @@ def drop_modulation(mmdit: MMDiT) -> None:
         raise RuntimeError(DROPPED)
 
     head = getattr(mmdit, f"final_layer_{mmdit.output}")
-    layers = [mmdit.time_in.in_layer, mmdit.time_in.out_layer, head.adaLN_modulation[1]]
-    layers += [m.lin for b in mmdit.double_blocks for m in (b.txt_mod, b.img_mod)]
+    layers: list[Any] = [mmdit.time_in.in_layer, mmdit.time_in.out_layer, head.adaLN_modulation[1]]
+    layers += [m.lin for b in _blocks(mmdit) for m in (b.txt_mod, b.img_mod)]
     for layer in layers:
         layer.weight = layer.bias = None
     mmdit.register_forward_pre_hook(refuse)

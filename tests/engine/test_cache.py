@@ -169,6 +169,15 @@ def test_dropping_the_modulation_keeps_one_schedule(lo):
     assert not torch.equal(lo.decode(codes, noise=noise, steps=4), before)
 
 
+def test_inference_mode_and_ordinary_calls_share_a_plan(lo):
+    codes, noise = inputs(lo, 2)
+    with torch.inference_mode():
+        first = lo.decode(codes, noise=noise, steps=2)
+    assert torch.equal(lo.decode(codes, noise=noise, steps=2), first)
+    with torch.inference_mode():
+        assert torch.equal(lo.decode(codes, noise=noise, steps=2), first)
+
+
 def test_a_plan_names_what_it_is(lo):
     text = lo.decode_plan(2, tail_merge=6).describe()
     assert all(word in text for word in ("batch 2", "float32", "26 forward passes", "eager", "last 6 as one"))

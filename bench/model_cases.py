@@ -1,0 +1,254 @@
+"""What the model benches run, as data: tasks with their FLOP and byte formulas, and who can run them.
+
+Symbols: B images, T latent + N image = L tokens, D width, S = L D numbers of a row tensor, F forward passes a picture.
+FLOPs count multiply and add as two and only what a picture needs. Bytes are those of the memory-bound passes of a
+forward pass, 12 row tensors a block: residual + norm + modulate twice (4 each), query-key norm and rotation (4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import published
+from flowmo import FlowMo, ModelConfig, model_config
+from flowmo.config import LossConfig, NoiseConfig
+from flowmo.engine import Schedule
+from flowmo.layers import patchify
+from flowmo.training.pretrain import pretrain_loss
+from flowmo.transformer import Residual
+from flowmo_kernels import KernelUnavailableError, use
+
+TASKS = ("block", "forward", "decode", "encode", "train")
+PROVIDERS = (
+    "published",
+    "published+bf16",
+    "eager",
+    "compile",
+    "triton",
+    "cuda",
+    "plan",
+    "plan+graph",
+    "plan+graph+tail6",
+    "plan+graph+tail10",
+    "plan+graph+fp8",
+)
+CHANGED = ("plan+graph+tail6", "plan+graph+tail10", "plan+graph+fp8")  # not the exact picture: PSNR beside the time
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Useful work of one call."""
+
+    matmul_flops: float
+    memory_bytes: float
+    forwards: int
+
+    def roofline_ms(self, copy_bytes_per_s: float, flops_per_s: float) -> float:
+        """Products at the measured product rate, then the memory-bound passes at the measured copy rate."""
+        return 1e3 * (self.matmul_flops / flops_per_s + self.memory_bytes / copy_bytes_per_s)
+
+
+def block_work(length: int, width: int, item: int) -> tuple[float, float]:
+    """FLOPs and bytes of one block for one image: linear layers 24 L D^2, attention 4 L^2 D."""
+    return 24.0 * length * width**2 + 4.0 * length**2 * width, 12.0 * length * width * item
+
+
+def work(task: str, c: ModelConfig, batch: int, item: int) -> Work:
+    """Work of one call on `batch` images, `item` bytes a number."""
+    length = c.latent_tokens + c.grid**2
+    decoder, encoder = (block_work(length, w, item) for w in (c.decoder_hidden, c.encoder_hidden))
+    if task == "block":
+        return Work(batch * decoder[0], batch * decoder[1], 0)
+    if task == "encode":
+        return Work(batch * c.encoder_depth * encoder[0], batch * c.encoder_depth * encoder[1], 1)
+    if task == "train":  # backward twice the products; its bytes have no closed form here and are left out
+        flops = c.decoder_depth * decoder[0] + c.encoder_depth * encoder[0]
+        return Work(3 * batch * flops, 0.0, 1)
+    forwards = Schedule().forwards if task == "decode" else 1
+    passes = batch * forwards * c.decoder_depth
+    return Work(passes * decoder[0], passes * decoder[1], forwards)
+
+
+def config(name: str) -> ModelConfig:
+    return model_config(name)
+
+
+@dataclass
+class Setting:
+    """A model with inputs of one batch; gates are random, as zero gates would make every block the identity."""
+
+    model: FlowMo
+    codes: Tensor  # [B, T, C]
+    noise: Tensor  # [B, 3, S, S] fp32
+    images: Tensor  # [B, 3, S, S] fp32
+
+    @classmethod
+    def make(cls, c: ModelConfig, batch: int, device: str, seed: int = 0) -> Setting:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = FlowMo(c).eval()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "_mod.lin" in name:
+                        p.normal_(0, 0.02)
+            codes = torch.randint(0, 2, (batch, c.latent_tokens, c.latent_channels)) * 2.0 - 1
+            noise = torch.randn(batch, 3, c.image_size, c.image_size)
+            images = torch.rand(batch, 3, c.image_size, c.image_size) * 2 - 1
+        return cls(model, codes, noise, images)
+
+
+@contextlib.contextmanager
+def mixed(device: str) -> Iterator[None]:
+    """bf16 autocast on a card, as published; fp32 elsewhere."""
+    with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def provide(provider: str, task: str, s: Setting, device: str) -> Call | None:
+    """The task's call by a provider, or None where the provider has nothing to say about it.
+
+    Raises:
+        KernelUnavailableError, ValueError: the provider cannot run on this machine; the message says why.
+    """
+    half = torch.bfloat16 if device == "cuda" else torch.float32
+    if provider.startswith("published"):
+        return _published(provider, task, s, device, half)
+    if provider.startswith("plan"):
+        return _plan(provider, task, s, half)
+    if task == "train":
+        return _train(provider, s, device)
+    implementation = provider if provider in ("triton", "cuda") else "ref"
+    with use(implementation):  # raises here what this machine cannot run
+        pass
+    s.model.to(half)
+    call = _modules(task, s, half)
+    if provider == "compile":
+        inner = torch.compile(call, dynamic=False) if task in ("block", "forward") else _compiled_model(task, s)
+        call = inner
+
+    def run() -> Any:
+        with use(implementation), torch.no_grad():
+            return call()
+
+    return run
+
+
+def _modules(task: str, s: Setting, dtype: torch.dtype) -> Call:
+    """The task by the modules, call by call."""
+    m = s.model
+    if task == "decode":
+        return lambda: m.decode(s.codes, noise=s.noise, plan=False)
+    if task == "encode":
+        return lambda: m.encode(s.images, plan=False)
+    x = patchify(s.noise, m.config.patch).to(dtype)
+    condition = m.condition(s.codes.to(dtype))
+    t = torch.full((len(x),), 0.3, device=x.device)
+    if task == "forward":
+        return lambda: m.velocity(x, t, condition)
+    d = m.decoder
+    with torch.no_grad():
+        img, txt = Residual(d.img_in(x)), Residual(d.txt_in(condition))
+        activated = torch.randn(len(x), m.config.decoder_hidden, device=x.device, dtype=dtype)
+    return lambda: d.double_blocks[0](img, txt, activated, (d.rope_cos, d.rope_sin))
+
+
+def _compiled_model(task: str, s: Setting) -> Call:
+    """The task with its transformer compiled."""
+    part = "decoder" if task == "decode" else "encoder"
+    getattr(s.model, part).compile(dynamic=False)
+    return _modules(task, s, s.model.dtype)
+
+
+def _published(provider: str, task: str, s: Setting, device: str, half: torch.dtype) -> Call | None:
+    m = s.model
+    if provider == "published+bf16":
+        if device != "cuda" or task == "train":
+            return None
+        m.to(half)
+    optimize: Callable[[Any], Any] = torch.compile if device == "cuda" else lambda f: f
+    if task == "train":
+        loss = published.loss_of(m, optimize)
+
+        def step() -> None:
+            m.zero_grad(set_to_none=True)
+            with mixed(device):
+                loss(s.images).backward()
+
+        return step
+    if task == "encode":
+        encode = optimize(published.encode_of(m))
+
+        def call() -> Any:
+            return encode(s.images)
+    elif task == "block":
+        c, d = m.config, m.decoder
+        one = optimize(published.block)
+        img = torch.randn(len(s.noise), c.grid**2, c.decoder_hidden, device=device, dtype=half)
+        txt = torch.randn(len(s.noise), c.latent_tokens, c.decoder_hidden, device=device, dtype=half)
+        vec = torch.randn(len(s.noise), c.decoder_hidden, device=device, dtype=half)
+        head_dim = c.decoder_hidden // c.heads
+        tables = published.rotary_tables(len(s.noise), c.latent_tokens, c.grid, head_dim, s.noise.device)
+
+        def call() -> Any:
+            return one(d.double_blocks[0], img, txt, vec, tables)
+    else:
+        velocity = optimize(published.velocity_of(m))
+        condition, t = m.condition(s.codes), torch.full((len(s.noise),), 0.3, device=device)
+
+        def call() -> Any:
+            if task == "decode":
+                return published.decode(m, velocity, s.codes, s.noise)
+            return velocity(s.noise, t, condition)
+
+    def run() -> Any:
+        with torch.no_grad(), mixed(device):
+            return call()
+
+    return run
+
+
+def _plan(provider: str, task: str, s: Setting, dtype: torch.dtype) -> Call | None:
+    words = provider.split("+")[1:]
+    options: dict[str, Any] = {"dtype": dtype, "graph": "graph" in words, "fp8": "fp8" in words}
+    if "graph" in words and s.model.device.type != "cuda":
+        return None
+    if task == "encode":
+        if any(w.startswith("tail") for w in words):
+            return None
+        encode_plan = s.model.encode_plan(len(s.images), **options)
+        return lambda: encode_plan(s.images)
+    if task not in ("decode", "forward"):
+        return None
+    tail = [int(w.removeprefix("tail")) for w in words if w.startswith("tail")]
+    if task == "forward":  # a sampler of one unguided step: input and output layers included
+        if tail:
+            return None
+        options |= {"steps": 1, "guidance": 1.0}
+    plan = s.model.decode_plan(len(s.codes), tail_merge=tail[0] if tail else None, **options)
+    return lambda: plan(s.codes, s.noise)
+
+
+def _train(provider: str, s: Setting, device: str) -> Call:
+    """Forward and backward of a Stage 1A step without the perceptual term and the optimizer."""
+    implementation = provider if provider in ("triton", "cuda") else "ref"
+    with use(implementation):
+        pass
+    loss: Callable[..., dict[str, Tensor]] = torch.compile(pretrain_loss) if provider == "compile" else pretrain_loss
+
+    def run() -> None:
+        s.model.zero_grad(set_to_none=True)
+        with use(implementation), mixed(device):
+            loss(s.model, s.images, LossConfig(perceptual="none"), NoiseConfig())["total"].backward()
+
+    return run
+
+
+__all__ = ["CHANGED", "PROVIDERS", "TASKS", "KernelUnavailableError", "Setting", "Work", "config", "provide", "work"]

@@ -1,0 +1,135 @@
+"""The plans as CUDA graphs: on a card only, since there is nothing to capture elsewhere."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowmo import FlowMo
+from flowmo.engine import psnr_to_exact
+from tests.engine.conftest import LO, inputs, make
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def model() -> FlowMo:
+    return make(LO).cuda()
+
+
+def on_card(model: FlowMo, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    codes, noise = inputs(model, batch, seed)
+    return codes.cuda(), noise.cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.0}, {"solver": "ab2", "steps": 9}, {"tail_merge": 6}])
+def test_graph_gives_the_eager_pictures(model, dtype, options):
+    graph = model.decode_plan(3, dtype=dtype, **options)
+    eager = model.decode_plan(3, dtype=dtype, graph=False, **options)
+    assert graph.captured and not eager.captured
+    for seed in range(3):  # every replay reads its own inputs
+        codes, noise = on_card(model, 3, seed)
+        # The same kernels on the same numbers; attention may pick another plan inside a capture: rounding of bf16.
+        assert (graph(codes, noise) - eager(codes, noise)).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_fp32_graph_is_the_plain_sampler(model):
+    codes, noise = on_card(model, 2)
+    plain = model.decode(codes, noise=noise, plan=False)
+    # fp32 matrix products of cuBLAS and of the fused boundary differ in order, and the boundary may round to TF32's
+    # eleven bits where the caller allows that; by default it does not.
+    assert (model.decode_plan(2, dtype=torch.float32)(codes, noise) - plain).abs().max() <= 1e-3
+
+
+def test_pictures_of_earlier_calls_stay(model):
+    plan = model.decode_plan(2)
+    first_inputs, second_inputs = on_card(model, 2, 0), on_card(model, 2, 1)
+    first = plan(*first_inputs)
+    kept = first.clone()
+    second = plan(*second_inputs)
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert torch.equal(plan(*first_inputs), kept)
+
+
+def test_decode_captures_at_the_second_call(model):
+    codes, noise = on_card(model, 2)
+    first = model.decode(codes, noise=noise)
+    plan = next(iter(model.engine._plans.values()))
+    assert not plan.captured
+    second = model.decode(codes, noise=noise)
+    assert plan.captured
+    assert (first - second).abs().max() <= 1e-5
+    # A smaller batch takes the captured plan, padded, instead of capturing its own.
+    third = model.decode(codes[:1], noise=noise[:1])
+    assert model.engine.built == 1
+    assert (third - first[:1]).abs().max() <= 1e-5
+
+
+def test_changed_weights_are_captured_again(model):
+    codes, noise = on_card(model, 2)
+    plan = model.decode_plan(2, dtype=torch.float32)
+    before = plan(codes, noise)
+    with torch.no_grad():
+        model.decoder.img_in.weight.mul_(1.5)
+    after = plan(codes, noise)
+    assert (after - before).abs().max() > 1e-2
+    assert (after - model.decode(codes, noise=noise, plan=False)).abs().max() <= 1e-3
+    assert (plan(codes, noise) - after).abs().max() <= 1e-5 and plan.captured
+
+
+def test_hundred_decodes_do_not_grow(model):
+    codes, noise = on_card(model, 6)
+
+    def decode(times: int) -> int:
+        for i in range(times):
+            batch = 1 + i % 6
+            model.decode(codes[:batch], noise=noise[:batch], steps=1 + i % 2)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    decode(24)
+    assert decode(108) <= decode(24)
+
+
+def test_inside_a_capture_of_the_caller(model):
+    codes, noise = on_card(model, 1)
+    plan = model.decode_plan(1, graph=False, steps=3)
+    expected = plan(codes, noise)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan(codes, noise)
+    graph.replay()
+    assert (out - expected).abs().max() <= 0.05
+
+
+def test_no_upload_or_synchronization_in_a_call(model):
+    codes, noise = on_card(model, 2)
+    plan = model.decode_plan(2, graph=False, steps=5)
+    plan(codes, noise)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan(codes, noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp8(model):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8 matrix units")
+    codes, noise = on_card(model, 2)
+    psnr = psnr_to_exact(model, codes, noise, fp8=True)
+    assert ((psnr > 20) & torch.isfinite(psnr)).all()
+
+
+def test_encode_plan(model):
+    images = on_card(model, 3)[1].clamp(-1, 1)
+    codes = model.encode_plan(3, dtype=torch.float32)(images)
+    plain = model.encode(images, plan=False)
+    # Latents within rounding of zero may fall on either side.
+    assert (codes != plain).float().mean() < 1e-3
