@@ -8,8 +8,8 @@
 // csrc/norm_modulate.cu
 int norm_modulate(int64_t y, int64_t y_batch, int64_t y_row, int64_t x, int64_t x_batch, int64_t x_row, int64_t shift,
     int64_t shift_batch, int64_t shift_stream, int64_t shift_dtype, int64_t scale, int64_t scale_batch,
-    int64_t scale_stream, int64_t scale_dtype, int64_t batch, int64_t length, int64_t width, int64_t split, double
-    eps, int64_t dtype, int64_t stream);
+    int64_t scale_stream, int64_t scale_dtype, int64_t batch, int64_t length, int64_t width, int64_t split,
+    double eps, int64_t dtype, int64_t stream);
 int norm_modulate_backward(int64_t grad_x, int64_t grad_x_batch, int64_t grad_x_row, int64_t grad_shift,
     int64_t grad_scale, int64_t partial, int64_t grad_y, int64_t grad_y_batch, int64_t grad_y_row, int64_t x,
     int64_t x_batch, int64_t x_row, int64_t scale, int64_t scale_batch, int64_t scale_stream, int64_t scale_dtype,
@@ -24,8 +24,8 @@ int gate_residual_norm_modulate(int64_t sum, int64_t sum_batch, int64_t sum_row,
     int64_t y_row, int64_t x, int64_t x_batch, int64_t x_row, int64_t branch, int64_t branch_batch,
     int64_t branch_row, int64_t gate, int64_t gate_batch, int64_t gate_stream, int64_t gate_dtype, int64_t shift,
     int64_t shift_batch, int64_t shift_stream, int64_t shift_dtype, int64_t scale, int64_t scale_batch,
-    int64_t scale_stream, int64_t scale_dtype, int64_t batch, int64_t length, int64_t width, int64_t split, double
-    eps, int64_t dtype, int64_t stream);
+    int64_t scale_stream, int64_t scale_dtype, int64_t batch, int64_t length, int64_t width, int64_t split,
+    double eps, int64_t dtype, int64_t stream);
 int gate_residual_backward(int64_t grad_branch, int64_t grad_branch_batch, int64_t grad_branch_row, int64_t grad_gate,
     int64_t partial, int64_t grad_sum, int64_t grad_sum_batch, int64_t grad_sum_row, int64_t branch,
     int64_t branch_batch, int64_t branch_row, int64_t gate, int64_t gate_batch, int64_t gate_stream,
@@ -81,8 +81,8 @@ int step_boundary(int64_t z_next, int64_t x, int64_t h, int64_t h_batch, int64_t
 
 // csrc/optim.cu
 int adam_hold_ema(int64_t table, int64_t chunks, int64_t first_chunks, int64_t squares, int64_t scales,
-    int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average, double rate, double beta1, double
-    beta2, double root, double eps, double decay, int64_t stream);
+    int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average, double rate, double beta1,
+    double beta2, double root, double eps, double decay, int64_t stream);
 
 // csrc/device.cu
 const char* error_text(int code);
