@@ -1,4 +1,4 @@
-"""LPIPS with VGG-16: the learned perceptual distance of the pre-training loss (paper, section 3.2).
+"""LPIPS: with VGG-16 the perceptual distance of the pre-training loss (paper, section 3.2), with AlexNet a metric.
 
     d(x, y) = sum_l mean_hw sum_c w_lc (f_lc(x) / |f_l(x)| - f_lc(y) / |f_l(y)|)^2,  |f| = sqrt(sum_c f_c^2 + eps)
 
@@ -15,12 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowmo.perceptual import alexnet, vgg
+from flowmo.perceptual.alexnet import AlexNetFeatures
 from flowmo.perceptual.vgg import CHANNELS, VGG16Features
 from flowmo.perceptual.weights import (
+    ALEXNET,
+    LPIPS_ALEX_HEADS,
     LPIPS_VGG_HEADS,
     VGG16,
     FrozenNetwork,
     PathLike,
+    PublishedFile,
     WeightsInvalid,
     WeightsMissing,
     check_pair,
@@ -46,7 +51,7 @@ class LPIPS(FrozenNetwork):
     behind them in fp32.
     """
 
-    def __init__(self, trunk: VGG16Features, heads: list[Tensor], channels_last: bool = True) -> None:
+    def __init__(self, trunk: VGG16Features | AlexNetFeatures, heads: list[Tensor], channels_last: bool = True) -> None:
         """`heads`: five weight vectors [C_l], one a stage."""
         super().__init__()
         self.shift: Tensor
@@ -71,8 +76,8 @@ class LPIPS(FrozenNetwork):
         return torch.stack([((f - g).square() * w).sum(1).mean((1, 2)) for f, g, w in stages]).sum(0)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of pictures x and y, [N, 3, H, W] in [-1, 1], H and W at least 16 -> float32 [N]."""
-        check_pair(x, y, "LPIPS", least=16)
+        """Distance of pictures x and y, [N, 3, H, W] in [-1, 1], H and W at least 16 (AlexNet: 32) -> float32 [N]."""
+        check_pair(x, y, "LPIPS", least=self.trunk.least)
         return self.distance(self.features(x), self.features(y))
 
 
@@ -113,60 +118,95 @@ def load_perceptual(
     if kind != "lpips":
         raise ValueError(f"perceptual distance must be 'lpips', 'random' or 'none', got {kind!r}")
 
-    heads = heads if heads is not None else _installed_heads()
-    missing = []
-    for published, path, option in (
-        (VGG16, weights, "loss.perceptual_weights"),
-        (LPIPS_VGG_HEADS, heads, "loss.perceptual_heads"),
-    ):
-        if path is None or not Path(path).is_file():
-            missing.append(describe(published, option) + ("" if path is None else f" ({path} is no file)"))
-    if missing:
+    try:
+        return load_lpips(
+            "vgg", weights, heads, options=("loss.perceptual_weights", "loss.perceptual_heads"),
+            channels_last=channels_last,
+        )  # fmt: skip
+    except WeightsMissing as error:
         raise WeightsMissing(
-            "loss.perceptual=lpips needs weights that are not here: " + ". And ".join(missing) + ". Or go on without: "
+            f"loss.perceptual=lpips: {error}. Or go on without: "
             "loss.perceptual=none drops the term, loss.perceptual=random takes a randomly initialised VGG-16"
-        )
+        ) from None
+
+
+def load_lpips(
+    net: str,  # vgg | alex
+    weights: PathLike | None,
+    heads: PathLike | None = None,
+    *,
+    options: tuple[str, str],
+    channels_last: bool = True,
+) -> LPIPS:
+    """LPIPS with the published weights of one of its two trunks.
+
+    Args:
+        weights: file of the trunk (classifier weights in it are ignored), .pth or .safetensors.
+        heads: file of the LPIPS heads; by default the one inside an installed torchmetrics.
+        options: names of the two options that take these paths, for error messages.
+
+    Raises:
+        WeightsMissing: one message naming every missing file, its publisher and digest.
+        WeightsInvalid: a file is damaged, altered, or of another network.
+    """
+    published, published_heads, channels, make = _NETS[net]
+    heads = heads if heads is not None else _installed_heads(published_heads.name)
+    missing = []
+    for file, path, option in ((published, weights, options[0]), (published_heads, heads, options[1])):
+        if path is None or not Path(path).is_file():
+            missing.append(describe(file, option) + ("" if path is None else f" ({path} is no file)"))
+    if missing:
+        raise WeightsMissing(f"LPIPS ({net}) needs weights that are not here: " + ". And ".join(missing))
     assert weights is not None and heads is not None
 
     with torch.device("meta"):  # no default initialisation: it would cost time and the global random state
-        trunk = VGG16Features()
-    state = read_state_dict(VGG16, weights)
+        trunk = make()
+    state = read_state_dict(published, weights)
     load_into(trunk, {name: t for name, t in state.items() if not name.startswith("classifier.")}, weights)
-    return LPIPS(trunk, _read_heads(heads), channels_last)
+    return LPIPS(trunk, _read_heads(heads, published_heads, channels), channels_last)
 
 
-def random_lpips(seed: int = 0, channels_last: bool = True) -> LPIPS:
-    """LPIPS over a VGG-16 with He-initialised weights, the same for the same seed.
+def random_lpips(seed: int = 0, channels_last: bool = True, net: str = "vgg") -> LPIPS:
+    """LPIPS over a trunk with He-initialised weights, the same for the same seed.
 
     Biases are random too: without them, normalised features would not see contrast. The features of random ReLU
     networks grow alike with depth, so each stage is weighted by the reciprocal of its mean distance between unrelated
     smooth pictures: every stage then counts one fifth, and unrelated pictures are about 1 apart.
     """
     generator = torch.Generator().manual_seed(seed)
+    _, _, channels, make = _NETS[net]
     with torch.device("meta"):
-        trunk = VGG16Features()
+        trunk = make()
     trunk.to_empty(device="cpu")
     he_init_(trunk, generator, bias_std=0.1)
-    plain = LPIPS(trunk, [torch.ones(channels) for channels in CHANNELS], channels_last=False)
+    plain = LPIPS(trunk, [torch.ones(width) for width in channels], channels_last=False)
     with torch.no_grad():
         maps = plain.features(smooth_pictures(8, generator))
     apart = [(f[:4] - f[4:]).square().sum(1).mean() for f in maps]
-    return LPIPS(trunk, [(1 / (5 * d)).expand(c) for d, c in zip(apart, CHANNELS)], channels_last)
+    return LPIPS(trunk, [(1 / (5 * d)).expand(c) for d, c in zip(apart, channels)], channels_last)
 
 
-def _installed_heads() -> Path | None:
+def _installed_heads(name: str = LPIPS_VGG_HEADS.name) -> Path | None:
     spec = importlib.util.find_spec("torchmetrics")
     if spec is None or not spec.submodule_search_locations:
         return None
-    path = Path(next(iter(spec.submodule_search_locations)), "functional", "image", "lpips_models", "vgg.pth")
+    path = Path(next(iter(spec.submodule_search_locations)), "functional", "image", "lpips_models", name)
     return path if path.is_file() else None
 
 
-def _read_heads(path: PathLike) -> list[Tensor]:
-    state = read_state_dict(LPIPS_VGG_HEADS, path)
+def _read_heads(
+    path: PathLike, published: PublishedFile = LPIPS_VGG_HEADS, channels: tuple[int, ...] = CHANNELS
+) -> list[Tensor]:
+    state = read_state_dict(published, path)
     names = [f"lin{i}.model.1.weight" for i in range(5)]
-    shapes = [(1, channels, 1, 1) for channels in CHANNELS]
+    shapes = [(1, width, 1, 1) for width in channels]
     if set(state) != set(names) or any(tuple(state[n].shape) != s for n, s in zip(names, shapes)):
         found = {name: list(tensor.shape) for name, tensor in state.items()}
         raise WeightsInvalid(f"{path} does not hold the five LPIPS heads {dict(zip(names, shapes))}, but {found}")
     return [state[name].flatten() for name in names]
+
+
+_NETS = {
+    "vgg": (VGG16, LPIPS_VGG_HEADS, vgg.CHANNELS, VGG16Features),
+    "alex": (ALEXNET, LPIPS_ALEX_HEADS, alexnet.CHANNELS, AlexNetFeatures),
+}

@@ -14,6 +14,8 @@ _CONVS = (2, 2, 3, 3, 3)
 class VGG16Features(nn.Module):
     """Thirteen 3 x 3 convolutions in five stages; state dict `features.N.weight`, `features.N.bias`."""
 
+    least = 16  # pixels a side
+
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
