@@ -63,8 +63,9 @@ def test_golden_sample():
 def test_other_solvers_in_a_plan(lo, solver, tail_merge):
     codes, noise = inputs(lo, 3)
     options = {"steps": 9, "solver": solver, "tail_merge": tail_merge, "noise": noise}
-    difference = lo.decode(codes, **options) - lo.decode(codes, plan=False, **options)
-    assert difference.abs().max() <= EXACT
+    plain = lo.decode(codes, plan=False, **options)
+    for _ in range(2):  # a plan's solver forgets the last run
+        assert (lo.decode(codes, **options) - plain).abs().max() <= EXACT
 
 
 def test_bf16_plan_is_at_least_as_near_to_fp32_as_plain_bf16():

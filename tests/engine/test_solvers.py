@@ -61,6 +61,42 @@ def test_one_step_of_any_solver_is_euler(name):
     assert torch.allclose(solver.advance(0, x, 2 * x), -x)
 
 
+UNEVEN = [0.9, 0.85, 0.6, 0.5, 0.1]  # orders of convergence do not see a wrong ratio of step sizes
+
+
+@pytest.mark.parametrize("name", ["heun", "ab2"])
+def test_linear_velocities_on_an_uneven_grid_are_integrated_exactly(name):
+    solver = make_solver(name, UNEVEN)
+    x = torch.zeros(1, dtype=torch.float64)
+    states = []
+    for j, t in enumerate(solver.evaluations):
+        x = solver.advance(j, x, torch.full_like(x, 1 + 3 * t))
+        states.append(float(x))
+
+    def integral(a: float, b: float) -> float:
+        return (b + 1.5 * b**2) - (a + 1.5 * a**2)
+
+    # From after ab2's first step (Euler) to the end, and to before heun's last step (Euler).
+    first, last, span = (0, -1, (0.85, 0.1)) if name == "ab2" else (1, -2, (0.85, 0.5))
+    assert states[last] - states[first] == pytest.approx(integral(*span), abs=1e-12)
+
+
+def test_dpm_step_in_the_form_of_its_paper():
+    solver = make_solver("dpm", UNEVEN)
+    x0, v0, v1 = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    x1 = solver.advance(0, x0, v0)
+    clean0, clean1 = x0 - 0.9 * v0, x1 - 0.85 * v1
+
+    def snr(t: float) -> float:
+        return math.log((1 - t) / t)
+
+    h_last, h = snr(0.85) - snr(0.9), snr(0.6) - snr(0.85)
+    r = h_last / h
+    extrapolated = (1 + 1 / (2 * r)) * clean1 - 1 / (2 * r) * clean0
+    expected = (0.6 / 0.85) * x1 - (1 - 0.6) * math.expm1(-h) * extrapolated
+    assert torch.allclose(solver.advance(1, x1, v1), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_restart_forgets(name):
     solver = make_solver(name, solver_times(4))
