@@ -31,7 +31,7 @@ def row_launch(d: int, n_rows: int, reduces: bool) -> RowLaunch:
     hi = next_power_of_2(d) // 2 if d > 1 else 1
     lo = next_power_of_2(d - hi) if d > hi else 1
     # Up to 32 values of the rows a thread; a reducing kernel also holds its sums, so it takes one row at once.
-    rows = 1 if reduces or d > 2048 else 2 if d > 1024 else 4
+    rows = 1 if reduces or d > 2048 else 2 if d > 512 else 4
     # Eight channels a thread, the 16 bytes of a bf16 access; several rows feed more warps.
     num_warps = max(1, min(8, hi // 256)) if rows < 4 else max(1, min(4, hi // 128))
     if reduces:
