@@ -1,0 +1,224 @@
+"""Draw new pictures: python -m flowmo.generate --tokenizer T --generator G --classes 0,1,2 --n 8 --out DIR
+
+    python -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes 207,388 --n 8 --out dogs/
+    python -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes all --n 50 --out fid50k/
+
+Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
+[N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flowmo_kernels
+from flowmo import FlowMo, cli
+from flowmo.data import make_grid, save_png, to_uint8
+from flowmo.data.tokens import layout_of
+from flowmo.files import atomic_write
+from flowmo.generator.network import Generator
+from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig
+from flowmo.training.loop import resolve_device
+
+GRID_ROWS, GRID_COLUMNS = 16, 8
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.n < 1 or options.batch < 1:
+        raise ValueError(f"--n {options.n} --batch {options.batch}: expected at least 1 picture")
+    device = resolve_device(options.device)
+    fast = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if fast else torch.float32
+    generator, tokenizer = load_pair(options.generator, options.tokenizer, device, dtype)
+    classes = parse_classes(options.classes, generator)
+    labels = shuffled_labels(classes, options.n, options.seed)
+    plan = SamplerPlan(generator, min(options.batch, len(labels)), sampler_config(options))
+    print(
+        f"{len(labels)} pictures of {len(classes)} classes, {plan.describe()}, {dtype}; {flowmo_kernels.describe()}",
+        flush=True,
+    )
+    decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
+    rows: dict[int, list[Tensor]] = {label: [] for label in classes[:GRID_ROWS]}
+    bar = tqdm(total=len(labels), unit="picture", disable=not sys.stderr.isatty())
+    side = tokenizer.config.image_size
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str) -> None:
+        done = 0
+        with AdmWriter(name, (len(labels), side, side, 3), labels) as archive:
+            for part, pictures in generate(plan, tokenizer, labels, options.seed, **decoder):
+                archive.add(pictures)
+                for picture, label in zip(pictures, part.tolist()):
+                    if not options.no_png:
+                        save_png(picture, options.out / "pictures" / f"{done:06d}_{label:04d}.png")
+                    if label in rows and len(rows[label]) < GRID_COLUMNS:
+                        rows[label].append(picture)
+                    done += 1
+                bar.update(len(part))
+
+    atomic_write(options.out / "samples.npz", write)
+    bar.close()
+    names = [generator.class_names[c] if c < len(generator.class_names) else str(c) for c in rows]
+    save_png(make_grid([torch.stack(row) for row in rows.values()], names), options.out / "grid.png")
+    print(f"wrote {len(labels)} pictures, grid.png and samples.npz to {options.out}")
+    return 0
+
+
+def load_pair(
+    generator: str | Path, tokenizer: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Generator, FlowMo]:
+    """Both models, checked against each other.
+
+    Raises:
+        ValueError: the generator speaks tokens of another tokenizer or layout.
+    """
+    network = Generator.from_pretrained(generator, device=device, dtype=dtype)
+    # in fp32 first: the fingerprint is of these weights
+    model = FlowMo.from_pretrained(tokenizer, dtype=torch.float32)
+    layout = layout_of(model, network.layout.grouping if network.layout else "parity")
+    c = network.config
+    wrong = network.layout.differences(layout) if network.layout else []
+    if (c.tokens, c.bits) != (layout.tokens, layout.bits):
+        wrong.append(f"network: {c.tokens} tokens of {c.bits} bits and {layout.tokens} of {layout.bits}")
+    if wrong:
+        raise ValueError(
+            f"{generator} speaks other tokens than {tokenizer} (generator and tokenizer: {'; '.join(wrong)}); use the "
+            "tokenizer that its token cache was made with"
+        )
+    network.layout = layout
+    return network, model.to(device, dtype)
+
+
+def generate(
+    plan: SamplerPlan,
+    tokenizer: FlowMo,
+    labels: Tensor,  # [N] int64
+    seed: int = 0,
+    **decoder: float,
+) -> Iterator[tuple[Tensor, Tensor]]:  # labels [n], pictures [n, 3, S, S] uint8
+    """Pictures of labels, in their order, a batch of the plan at a time; `decoder` are options of FlowMo.decode."""
+    layout = plan.model.layout or layout_of(tokenizer)
+    noise = torch.Generator().manual_seed(seed)
+    for i, part in enumerate(labels.split(plan.batch)):
+        tokens = plan(part.to(plan.device), seed=seed if i == 0 else None)
+        codes = layout.decode(tokens)
+        yield part, to_uint8(tokenizer.decode(codes, generator=noise, **decoder)).cpu()  # type: ignore[arg-type]
+
+
+def shuffled_labels(classes: list[int], n: int, seed: int) -> Tensor:  # [len(classes) n] int64
+    """n of every class, in random order: the Inception Score is taken over consecutive parts."""
+    labels = torch.tensor(classes).repeat_interleave(n)
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+class AdmWriter(contextlib.AbstractContextManager["AdmWriter"]):
+    """Writes an `.npz` of pictures (arr_0) and labels (arr_1) one batch after the other, whatever its size."""
+
+    def __init__(self, path: str, shape: tuple[int, int, int, int], labels: Tensor) -> None:
+        self.shape, self.labels = shape, labels
+        self.file = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self.entry: IO[bytes] = self.file.open("arr_0.npy", "w", force_zip64=True)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.entry, header)  # type: ignore[arg-type]
+
+    def add(
+        self,
+        pictures: Tensor,  # [n, 3, H, W] uint8
+    ) -> None:
+        self.entry.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+    def __exit__(self, *error: object) -> None:
+        self.entry.close()
+        with self.file.open("arr_1.npy", "w") as entry:
+            np.lib.format.write_array(entry, self.labels.numpy())
+        self.file.close()
+
+
+def parse_classes(text: str, generator: Generator) -> list[int]:
+    """'0,1,2', '0-9', names, mixtures of these, or 'all'.
+
+    Raises:
+        ValueError: no class of the generator, or one named twice.
+    """
+    count, names = generator.config.classes, generator.class_names
+    if text == "all":
+        return list(range(count))
+    classes: list[int] = []
+    for word in text.split(","):
+        first, dash, last = word.partition("-")
+        if word in names:
+            classes.append(names.index(word))
+        elif word.isdecimal():
+            classes.append(int(word))
+        elif dash and first.isdecimal() and last.isdecimal():
+            classes.extend(range(int(first), int(last) + 1))
+        else:
+            known = f", or names such as {', '.join(names[:5])}" if names else ""
+            raise ValueError(f"--classes {text}: {word!r} is no class; expected numbers 0 to {count - 1}{known}")
+    if not classes or not 0 <= min(classes) <= max(classes) < count:
+        raise ValueError(f"--classes {text}: the generator has the classes 0 to {count - 1}")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"--classes {text}: a class is named twice; --n says how many pictures of each")
+    return classes
+
+
+def sampler_config(options: argparse.Namespace) -> TokenSamplerConfig:
+    return TokenSamplerConfig(
+        steps=options.steps,
+        guidance=options.guidance,
+        guidance_form=options.guidance_form,
+        guidance_decay=options.guidance_decay,
+        guidance_power=options.guidance_power,
+        schedule=options.schedule,
+        softmax_annealing=not options.no_softmax_annealing,
+        randomize_temperature=options.temperature,
+        draw=options.draw,
+        confidence=options.confidence,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m flowmo.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--tokenizer", required=True, help="released .pth, model folder or run")
+    p.add_argument("--generator", required=True, help="model folder or run of Stage 2")
+    p.add_argument("--classes", default="all", help="0,1,2 or 0-9 or names or all")
+    p.add_argument("--n", type=int, default=8, help="pictures of each class")
+    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only")
+    p.add_argument("--batch", type=int, default=32, help="pictures at once")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA")
+    tokens, d = p.add_argument_group("drawing tokens"), TokenSamplerConfig()
+    tokens.add_argument("--steps", type=int, default=d.steps)
+    tokens.add_argument("--guidance", type=float, default=d.guidance, help="shift of the logits; 0 is off")
+    tokens.add_argument("--guidance-form", default=d.guidance_form, choices=("shift", "interpolate"))
+    tokens.add_argument("--guidance-decay", default=d.guidance_decay, choices=("constant", "linear", "cosine"))
+    tokens.add_argument("--guidance-power", type=float, default=d.guidance_power, help="of the cosine decay")
+    tokens.add_argument("--temperature", type=float, default=d.randomize_temperature, help="of the Gumbel noise")
+    tokens.add_argument("--no-softmax-annealing", action="store_true")
+    tokens.add_argument("--schedule", default=d.schedule, choices=("arccos", "cosine"))
+    tokens.add_argument("--draw", default=d.draw, choices=("annealed", "categorical"))
+    tokens.add_argument("--confidence", default=d.confidence, choices=("logit", "log_prob"))
+    decoder = p.add_argument_group("decoding them")
+    decoder.add_argument("--decoder-steps", type=int, default=25)
+    decoder.add_argument("--decoder-guidance", type=float, default=1.5)
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""Encode a data set once, for Stage 2: python -m flowmo.tokenize DATA --checkpoint C --out tokens/
+
+    python -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
+    python -m flowmo.tokenize photos/ --checkpoint runs/lo --out tokens/ --crop ten-crop
+    torchrun --nproc-per-node 8 -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
+
+DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import flowmo_kernels
+from flowmo import FlowMo, cli
+from flowmo.data import ImageFolder, ImageReadError, load_image, normalize
+from flowmo.data.tokens import (
+    CROPS,
+    GROUPINGS,
+    UNREADABLE,
+    TokenCache,
+    TokenHeader,
+    TokenLayout,
+    layout_of,
+    picture_views,
+)
+from flowmo.training.loop import resolve_device
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.batch < 1:
+        raise ValueError(f"--batch {options.batch}: expected at least 1 view")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = resolve_device(options.device)
+    if world > 1:
+        dist.init_process_group("gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    try:
+        return run(options, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def run(options: argparse.Namespace, device: torch.device, rank: int, world: int) -> int:
+    fast = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if fast else torch.float32
+    model = FlowMo.from_pretrained(options.checkpoint, dtype=torch.float32)
+    layout = layout_of(model, options.grouping)
+    model.to(device, dtype)
+    folder = ImageFolder(options.data, model.config.image_size, crop="center", check_headers=False)
+    header = TokenHeader(
+        layout=layout,
+        pictures=len(folder),
+        views=CROPS[options.crop],
+        crop=options.crop,
+        image_size=model.config.image_size,
+        dtype=str(dtype).removeprefix("torch."),
+        classes=folder.classes,
+        data=list_fingerprint(folder),
+    )
+    if rank == 0:
+        cache = TokenCache.create(options.out, header, folder.labels)
+    if world > 1:
+        dist.barrier()
+        if rank:
+            cache = TokenCache.create(options.out, header, folder.labels)
+    todo = cache.todo()
+    if rank == 0:
+        left = f", {len(todo)} of them still to do" if len(todo) < len(folder) else ""
+        print(
+            f"{len(folder)} pictures in {len(folder.classes)} classes{left}; {header.views} views ({header.crop}) of "
+            f"{layout.tokens} tokens of {layout.bits} bits, tokenizer {layout.tokenizer[:12]}, {header.dtype} on "
+            f"{device}; {flowmo_kernels.describe()}",
+            flush=True,
+        )
+    if world > 1:
+        dist.barrier()  # nobody may mark pictures done before everybody has listed those that are not
+    mine = todo[rank::world].tolist()
+    bar = tqdm(total=len(mine), unit="picture", disable=rank > 0 or not sys.stderr.isatty())
+    for indices, views, failed in view_batches(folder, mine, options):
+        for index, reason in failed:
+            tqdm.write(f"skipped: {folder.paths[index]} ({reason})", file=sys.stderr)
+        cache.mark_unreadable([index for index, _ in failed])
+        if indices:
+            cache.write(indices, encode(model, layout, views, options.batch))
+        bar.update(len(indices) + len(failed))
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        skipped = int((cache.state == UNREADABLE).sum())
+        size = sum(f.stat().st_size for f in cache.folder.iterdir())
+        note = f"; {skipped} could not be read and are left out" if skipped else ""
+        print(f"wrote {cache.describe()}, {size:,} bytes{note}")
+    return 0
+
+
+def encode(
+    model: FlowMo,
+    layout: TokenLayout,
+    views: Tensor,  # [n, W, 3, S, S] uint8
+    batch: int,
+) -> Tensor:  # [n, W, N] int64
+    """Tokens of views, `batch` views at a time."""
+    n, w = views.shape[:2]
+    parts = views.flatten(0, 1).split(batch)
+    tokens = [layout.encode(model.encode(normalize(part.to(model.device)))) for part in parts]
+    return torch.cat(tokens).reshape(n, w, layout.tokens)
+
+
+class PictureViews(Dataset[tuple[int, Tensor | str]]):
+    """(index, its views [W, 3, S, S] uint8, or why it cannot be read), for some pictures of a folder."""
+
+    def __init__(self, folder: ImageFolder, indices: Sequence[int], crop: str) -> None:
+        self.folder, self.indices, self.crop = folder, indices, crop
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+        index = int(self.indices[place])
+        try:
+            return index, picture_views(load_image(self.folder.paths[index]), self.folder.image_size, self.crop)
+        except (ImageReadError, OSError) as error:
+            return index, error.reason if isinstance(error, ImageReadError) else str(error)
+
+
+Batch = tuple[list[int], Tensor, list[tuple[int, str]]]
+
+
+def collate(items: list[tuple[int, Tensor | str]]) -> Batch:
+    """Indices and views [n, W, 3, S, S] of the readable pictures, and (index, reason) of the others."""
+    good = [(index, views) for index, views in items if isinstance(views, Tensor)]
+    failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
+    views = torch.stack([v for _, v in good]) if good else torch.empty(0, dtype=torch.uint8)
+    return [index for index, _ in good], views, failed
+
+
+def view_batches(folder: ImageFolder, indices: Sequence[int], options: argparse.Namespace) -> Iterator[Batch]:
+    pictures = max(1, options.batch // CROPS[options.crop])
+    data = PictureViews(folder, indices, options.crop)
+    loader = DataLoader(data, pictures, num_workers=options.workers, collate_fn=collate, generator=torch.Generator())
+    return iter(loader)
+
+
+def list_fingerprint(folder: ImageFolder) -> str:
+    """sha256 of the pictures' names and labels: the cache knows them by number alone."""
+    root = folder.root if folder.root.is_dir() else folder.root.parent
+    names = [f"{Path(p).relative_to(root).as_posix()} {label}" for p, label in zip(folder.paths, folder.labels)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m flowmo.tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("data", metavar="DATA", help="folder with one sub-folder of pictures to a class")
+    p.add_argument("--checkpoint", required=True, help="the tokenizer: released .pth, model folder or run")
+    p.add_argument("--out", required=True, type=Path, help="folder of the token cache")
+    p.add_argument("--crop", default="center+flip", choices=tuple(CROPS), help="the views of a picture")
+    p.add_argument("--grouping", default="parity", choices=GROUPINGS, help="channels of a token")
+    p.add_argument("--batch", type=int, default=64, help="views at once")
+    p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main)
