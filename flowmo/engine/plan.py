@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowmo.engine")
 
 
-class Plan:
+class Plan(ABC):
     """Base of the plans; subclasses build static buffers in `_build` and compute in `_run`, which must be capturable:
     no host synchronization, no upload of numbers, inputs from the static buffers alone.
 
@@ -140,14 +141,17 @@ class Plan:
             self._graph, self._output = graph, output
         log.info("%s", self.describe())
 
+    @abstractmethod
     def _build(self, model: FlowMo) -> None:
-        raise TypeError("a plan needs _build")
+        """Static buffers and tables for the prepared weights."""
 
+    @abstractmethod
     def _inputs(self) -> tuple[Tensor, ...]:
-        raise TypeError("a plan needs _inputs")
+        """Buffers that a call's inputs are copied into, in order, images first axis."""
 
+    @abstractmethod
     def _run(self) -> Tensor:
-        raise TypeError("a plan needs _run")
+        """The result for what is in the buffers, images first axis."""
 
 
 def check_fp8(fp8: bool, device: torch.device, dtype: torch.dtype) -> None:

@@ -104,6 +104,8 @@ class Trunk:
         # Dead queries are never written; zeros keep the norm that passes over them finite.
         self._qkv = torch.zeros(rows, 3 * weights.width, dtype=weights.dtype, device=w.device)
         self._branch = torch.empty(rows, weights.width, dtype=weights.dtype, device=w.device)
+        # A backend that cannot run here is an error now, not at the first picture.
+        attention_backend(*self._qkv[:1].view(1, 1, 3, weights.heads, -1).unbind(2), backend=attention)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ import torch
 from flowmo import model_config
 from flowmo.engine import Schedule, psnr_to_exact
 from flowmo.engine import plan as plan_module
+from flowmo_kernels import KernelUnavailableError
 from tests.engine.conftest import HI, LO, ONE_BLOCK, inputs, make
 from tests.model import golden as golden_file
 
@@ -164,11 +165,20 @@ def test_generator_and_noise_mean_what_they_did(lo):
         ({"guidance_interval": (2.0, 1.0)}, "guidance_interval"),
         ({"dtype": torch.int8}, "dtype=torch.int8"),
         ({"batch": 0}, "batch=0"),
+        ({"attention": "cuddn"}, "did you mean 'cudnn'"),
     ],
 )
 def test_options_out_of_range_are_named(lo, options, text):
     with pytest.raises(ValueError, match=text):
         lo.decode_plan(**{"batch": 2, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the backend may exist")
+def test_attention_backends_are_passed_on_and_missing_ones_named(lo):
+    with pytest.raises(KernelUnavailableError, match="'cudnn' was asked for, but"):
+        lo.decode_plan(1, attention="cudnn")
+    codes, noise = inputs(lo, 2)
+    assert torch.isfinite(psnr_to_exact(lo, codes, noise, attention="math")).all()  # other sums, other rounding
 
 
 def test_inputs_that_do_not_fit_are_named(lo):
