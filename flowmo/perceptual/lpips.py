@@ -206,7 +206,9 @@ def _read_heads(
     return [state[name].flatten() for name in names]
 
 
-_NETS = {
+_NETS: dict[
+    str, tuple[PublishedFile, PublishedFile, tuple[int, ...], type[VGG16Features] | type[AlexNetFeatures]]
+] = {
     "vgg": (VGG16, LPIPS_VGG_HEADS, vgg.CHANNELS, VGG16Features),
     "alex": (ALEXNET, LPIPS_ALEX_HEADS, alexnet.CHANNELS, AlexNetFeatures),
 }

@@ -79,7 +79,7 @@ def read_state_dict(published: PublishedFile, path: PathLike) -> dict[str, Tenso
     path = Path(path)
     if not path.is_file():
         raise WeightsMissing(f"no such weight file: {path} (wanted: {published.name}, published {published.where})")
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if not digest.startswith(published.sha256):
         text = f"{path} has sha256 {digest[:16]}..., the published {published.name} begins {published.sha256[:8]}"
         if path.name == published.name:
@@ -169,7 +169,8 @@ def check_pair(x: Tensor, y: Tensor, name: str, least: int) -> None:
         raise ValueError(f"{name} compares pictures of one shape, got {list(x.shape)} and {list(y.shape)}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: PathLike) -> str:
+    """Digest of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
