@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     model = train(cache, options.steps, options.seed)
     model.save_pretrained(out / "generator")
     generate.main(
-        ["--tokenizer", str(tokenizer), "--generator", str(out / "generator"), "--n", str(options.n),
-         "--out", str(out / "samples"), "--seed", str(options.seed), "--temperature", TEMPERATURE, "--decoder-steps", "8",
+        ["--tokenizer", str(tokenizer), "--generator", str(out / "generator"), "--out", str(out / "samples"),
+         "--n", str(options.n), "--seed", str(options.seed), "--temperature", TEMPERATURE, "--decoder-steps", "8",
          "--device", "cpu"]
     )  # fmt: skip
     seconds = time.perf_counter() - started
