@@ -33,7 +33,7 @@ def config(run, photographs, *more):
             f"run={run}",
             f"data.path={photographs}",
             "trainer.precision=fp32",
-            "trainer.threads=2",
+            "trainer.threads=1",
             "trainer.log_every=5",
             *more,
         ]
