@@ -90,14 +90,19 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world: int
     if world > 1:
         dist.barrier()  # nobody may mark pictures done before everybody has listed those that are not
     mine = todo[rank::world].tolist()
-    bar = tqdm(total=len(mine), unit="picture", disable=rank > 0 or not sys.stderr.isatty())
+    terminal, done = sys.stderr.isatty(), 0
+    bar = tqdm(total=len(mine), unit="picture", disable=rank > 0 or not terminal)
     for indices, views, failed in view_batches(folder, mine, options):
         for index, reason in failed:
             tqdm.write(f"skipped: {folder.paths[index]} ({reason})", file=sys.stderr)
         cache.mark_unreadable([index for index, _ in failed])
         if indices:
             cache.write(indices, encode(model, layout, views, options.batch))
-        bar.update(len(indices) + len(failed))
+        before, done = done, done + len(indices) + len(failed)
+        bar.update(done - before)
+        if rank == 0 and not terminal and 10 * done // len(mine) > 10 * before // len(mine):
+            whose = f" of this process, one of {world}" if world > 1 else ""
+            print(f"{done} of {len(mine)} pictures{whose}", flush=True)
     bar.close()
     if world > 1:
         dist.barrier()

@@ -22,7 +22,7 @@ from flowmo.data import heldout_photographs, make_grid, normalize, resize_shorte
 from flowmo.data.tokens import TokenBatches, TokenCache, picture_views
 from flowmo.files import atomic_write
 from flowmo.generator.network import Generator, NetworkConfig
-from flowmo.generator.stage import GeneratorConfig, GeneratorOptimConfig, fit
+from flowmo.generator.stage import GeneratorConfig, GeneratorOptimConfig, build_generator, fit
 from flowmo.pretrained import shipped_weights
 
 TWIN = "stereo_motorcycle_right"  # shows the scene of another photograph, which no judge could tell apart
@@ -93,7 +93,7 @@ def train(cache: TokenCache, steps: int, seed: int) -> Generator:
     network = NetworkConfig(layout.tokens, layout.bits, len(classes), hidden=128, depth=4, heads=4)
     optim = GeneratorOptimConfig(lr=2e-3, warmup=steps // 20, ema_decay=0.99)
     config = GeneratorConfig(network=network, optim=optim, batch=32, steps=steps, seed=seed)
-    model = Generator(network, layout, classes)
+    model = build_generator(cache, network)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"generator of {parameters:,} parameters, {steps} steps on {cache.describe()}")
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config import ConfigError
+from flowmo.data.tokens import TokenCache, TokenCacheError
 from flowmo.generator.network import Generator, NetworkConfig
 from flowmo.generator.sampler import TokenSamplerConfig
 from flowmo_kernels import ema_
@@ -74,6 +75,34 @@ class GeneratorConfig:
                 raise ConfigError(f"{name}={value}: expected a number from 0 to 1")
         if self.batch < 1 or self.steps < 1:
             raise ConfigError(f"batch={self.batch}, steps={self.steps}: expected at least 1")
+
+
+def build_generator(cache: TokenCache, network: NetworkConfig) -> Generator:
+    """A fresh generator for the tokens of a cache; it remembers their layout and the names of the classes.
+
+    Raises:
+        TokenCacheError: the sizes are not those of the cache.
+    """
+    with torch.device("meta"):
+        check_tokens(Generator(network), cache)
+    return Generator(network, cache.header.layout, cache.header.classes)
+
+
+def check_tokens(model: Generator, cache: TokenCache) -> None:
+    """Raises TokenCacheError where a cache holds other tokens than a generator has learned or was made for."""
+    n, layout = model.config, cache.header.layout
+    wrong = model.layout.differences(layout) if model.layout else []
+    if (n.tokens, n.bits) != (layout.tokens, layout.bits):
+        wrong.append(f"size: {n.tokens} tokens of {n.bits} bits and {layout.tokens} of {layout.bits}")
+    if len(cache.header.classes) > n.classes:
+        wrong.append(f"classes: {n.classes} and {len(cache.header.classes)}")
+    if model.class_names and model.class_names != cache.header.classes:
+        wrong.append("class names")
+    if wrong:
+        raise TokenCacheError(
+            f"{cache.folder}: not the tokens of this generator (generator and cache: {'; '.join(wrong)}); give its "
+            "sizes to the network, or tokenize the data with the tokenizer that it was trained with"
+        )
 
 
 def random_masks(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from flowmo.config import ConfigError
-from flowmo.data.tokens import TokenBatches, TokenCache, TokenHeader, TokenLayout
+from flowmo.data.tokens import TokenBatches, TokenCache, TokenCacheError, TokenHeader, TokenLayout
 from flowmo.generator import (
     Generator,
     GeneratorConfig,
@@ -22,7 +24,9 @@ from flowmo.generator import (
 from flowmo.generator.stage import (
     GeneratorOptimConfig,
     MaskLossConfig,
+    build_generator,
     build_optimizer,
+    check_tokens,
     ema_decay,
     learning_rate,
     random_masks,
@@ -154,6 +158,40 @@ def test_learning_rate_and_average():
     assert learning_rate(GeneratorOptimConfig(schedule="constant"), 100_000, 110_000) == 1e-4
     assert [ema_decay(config, s) for s in (0, 90)] == [0.1, 0.91]
     assert ema_decay(config, 10**6) == 0.9999
+
+
+def test_a_generator_for_a_cache_and_one_for_another(tmp_path):
+    layout = TokenLayout(16, 4, 4, tokenizer="a" * 64)
+    cache = TokenCache.create(tmp_path, TokenHeader(layout, 1, 1, "center", 32, "float32", ["x", "y"]), [0])
+    model = build_generator(cache, NETWORK)
+    assert model.layout == layout and model.class_names == ["x", "y"] and model.head.weight.device.type == "cpu"
+    for sizes, word in (
+        ({"tokens": 8}, "8 tokens of 4 bits and 16 of 4"),
+        ({"bits": 5}, "16 tokens of 5 bits and 16 of 4"),
+        ({"classes": 1}, "classes: 1 and 2"),
+    ):
+        with pytest.raises(TokenCacheError, match=word):
+            build_generator(cache, replace(NETWORK, **sizes))
+    check_tokens(model, cache)
+    model.layout = replace(layout, tokenizer="b" * 64)
+    with pytest.raises(TokenCacheError, match="tokenizer: bbbbbbbbbbbb and aaaaaaaaaaaa"):
+        check_tokens(model, cache)
+    model.layout = replace(layout, grouping="contiguous")
+    with pytest.raises(TokenCacheError, match="grouping"):
+        check_tokens(model, cache)
+    model.layout, model.class_names = layout, ["y", "x"]
+    with pytest.raises(TokenCacheError, match="class names"):
+        check_tokens(model, cache)
+
+
+def test_the_configuration_works_with_omegaconf():
+    tree = OmegaConf.merge(OmegaConf.structured(GeneratorConfig), OmegaConf.from_dotlist(["sampler.steps=8"]))
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, GeneratorConfig) and config.sampler.steps == 8
+    config.check()
+    # the recommended recipe
+    assert (config.optim.lr, config.batch, tuple(config.optim.betas)) == (1e-4, 128, (0.9, 0.96))
+    assert config.steps == 300 * 1_281_167 // 128
 
 
 def test_options_out_of_range():
