@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flowmo.config import LossConfig, ModelConfig
-from flowmo_kernels import lfq
+from flowmo_kernels import lfq, norm_modulate
 
 
 class Quantized(NamedTuple):
@@ -31,6 +30,5 @@ def quantize(
     """Binarize by lookup-free quantization, or, for continuous models, normalize each latent token."""
     if config.quantizer == "lfq":
         return Quantized(*lfq(latent, config.entropy_bits))
-    codes = torch.nn.functional.layer_norm(latent.float(), latent.shape[-1:], eps=1e-6).to(latent.dtype)
     zero = latent.new_zeros((), dtype=torch.float32)
-    return Quantized(codes, None, zero, zero, zero)
+    return Quantized(norm_modulate(latent), None, zero, zero, zero)
