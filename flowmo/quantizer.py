@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flowmo.config import LossConfig, ModelConfig
@@ -30,5 +31,5 @@ def quantize(
     """Binarize by lookup-free quantization, or, for continuous models, normalize each latent token."""
     if config.quantizer == "lfq":
         return Quantized(*lfq(latent, config.entropy_bits))
-    zero = latent.new_zeros((), dtype=torch.float32)
+    zero = torch.zeros((), device=latent.device)
     return Quantized(norm_modulate(latent), None, zero, zero, zero)
