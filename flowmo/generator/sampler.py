@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -229,7 +230,11 @@ class SamplerPlan:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output = torch.empty(0)
         if graph and self.device.type == "cuda":
-            self._capture()
+            try:
+                self._capture()
+            except RuntimeError as error:
+                torch.cuda.synchronize(self.device)
+                warnings.warn(f"no CUDA graph, running eagerly ({str(error).splitlines()[0]})", stacklevel=2)
 
     @property
     def captured(self) -> bool:

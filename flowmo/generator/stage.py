@@ -94,8 +94,9 @@ def check_tokens(model: Generator, cache: TokenCache) -> None:
     wrong = model.layout.differences(layout) if model.layout else []
     if (n.tokens, n.bits) != (layout.tokens, layout.bits):
         wrong.append(f"size: {n.tokens} tokens of {n.bits} bits and {layout.tokens} of {layout.bits}")
-    if len(cache.header.classes) > n.classes:
-        wrong.append(f"classes: {n.classes} and {len(cache.header.classes)}")
+    classes = max(len(cache.header.classes), int(cache.labels.max()) + 1)
+    if classes > n.classes:
+        wrong.append(f"classes: {n.classes} and {classes}")
     if model.class_names and model.class_names != cache.header.classes:
         wrong.append("class names")
     if wrong:
@@ -115,8 +116,8 @@ def random_masks(
     u = torch.rand(batch, generator=generator, device=device)
     ratio = 2 / math.pi * torch.arccos(u)
     count = (ratio * tokens).round().clamp_(min=1)
-    rank = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None]
+    permutation = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1)
+    return permutation < count[:, None]
 
 
 def generator_loss(

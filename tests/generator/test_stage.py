@@ -173,6 +173,10 @@ def test_a_generator_for_a_cache_and_one_for_another(tmp_path):
         with pytest.raises(TokenCacheError, match=word):
             build_generator(cache, replace(NETWORK, **sizes))
     check_tokens(model, cache)
+    cache.labels[0] = 16
+    with pytest.raises(TokenCacheError, match="classes: 16 and 17"):
+        check_tokens(model, cache)
+    cache.labels[0] = 0
     model.layout = replace(layout, tokenizer="b" * 64)
     with pytest.raises(TokenCacheError, match="tokenizer: bbbbbbbbbbbb and aaaaaaaaaaaa"):
         check_tokens(model, cache)
