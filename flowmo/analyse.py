@@ -268,10 +268,15 @@ def plot(study: str, rows: Sequence[Row], path: Path) -> None:
             ax.set_ylabel(_LABELS.get(y, y.replace("_", " ")))
             ax.grid(alpha=0.3)
         for row in line:
-            axes[2].annotate(f"{row[axis]:g}", (row["psnr"], row[perception]), fontsize=7)
+            axes[2].annotate(
+                f"{row[axis]:g}", (row["psnr"], row[perception]), (4, 4), textcoords="offset points", fontsize=7
+            )
     if study == "steps":
+        ticks = sorted({int(row["steps"]) for row in rows})
         for ax in axes[:2]:
-            ax.set_xscale("log", base=2)
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, [str(n) for n in ticks])
+            ax.minorticks_off()
     if group:
         axes[0].legend(fontsize=8)
     atomic_write(path, lambda name: figure.savefig(name, format="png", dpi=150))
