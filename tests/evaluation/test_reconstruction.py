@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from functools import lru_cache
@@ -177,31 +178,76 @@ def test_perfect_reconstructions() -> None:
     assert summary["rfid"] == pytest.approx(0, abs=1e-6) and summary["inception_distance"] == 0
 
 
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flowmo import evaluate
+from flowmo.evaluation import FolderPictures, ForeignTokenizer, Judges, NpzPictures, Processes
+from flowmo.evaluation import score_generation, score_reconstruction
+from flowmo.perceptual.inception import InceptionOutput
+
+
+class MeanColours(torch.nn.Module):
+    published, resize = False, "tf1"
+
+    def forward(self, images):
+        pool = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, (1, 2)).flatten(1)
+        return InceptionOutput(pool, pool[:, :3].square())
+
+    def logits(self, pool):
+        return 10 * pool[:, :4]
+
+
+processes, net = Processes(), MeanColours()
+command = "--tokenizer posteriser:reconstruct --size 32 --vocabulary 8 --data d --batch 2 --limit 7 --device cpu"
+evaluate.main([*command.split(), *"--skip fid,lpips-vgg --lpips-alex random --out".split(), sys.argv[1] + ".command"])
+tokenizer = ForeignTokenizer.named("posteriser:reconstruct", vocabulary=8)
+scores = score_reconstruction(tokenizer, FolderPictures("d", 32), Judges(net), batch=2, processes=processes)
+generation = score_generation(NpzPictures("s.npz"), NpzPictures("r.npz"), net, batch=3, processes=processes)
+assert (scores is None) == (generation is None) == (processes.rank > 0)
+if scores is not None:
+    each = {name: values.tolist() for name, values in scores.per_picture().items()}
+    Path(sys.argv[1]).write_text(json.dumps({"mean": scores.summary(), "each": each, "generation": generation[0]}))
+processes.close()
+"""
+
+
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command, and both kinds of evaluation with features, by torchrun; 9, 7, 8 and 11 pictures do not halve."""
     folder(tmp_path / "d", 9)
     (tmp_path / "posteriser.py").write_text(
         "import torch\ndef reconstruct(x):\n    return (x * 4).round() / 4, ((x.mean((2, 3)) + 1) * 3.99).long()\n"
     )
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for name, n in (("s", 11), ("r", 8)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.random.default_rng(n).integers(0, 256, (n, 8, 8, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    command = "--tokenizer posteriser:reconstruct --size 32 --vocabulary 8 --data d --batch 2 --limit 7 --device cpu "
-    command += "--skip fid,lpips-vgg --lpips-alex random --out"
-    evaluate.main([*command.split(), "one.json"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "one"])
+    runpy.run_path("script.py")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m flowmo.evaluate".split()]
-    done = subprocess.run(
-        [*torchrun, *command.split(), "two.json"], env=environment, capture_output=True, text=True, timeout=240
-    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 script.py two".split()
+    done = subprocess.run([sys.executable, *torchrun], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved:") == 1
-    results = [json.loads(Path(name).read_text()) for name in ("one.json", "two.json")]
-    one, two = (r["metrics"] for r in results)
-    assert one.keys() == two.keys() and one["pictures"] == 7
-    # pictures meet other ones in a batch: fp32 sums of LPIPS in another order
-    assert all(two[name] == pytest.approx(one[name], rel=1e-5) for name in one)
-    assert [r["protocol"]["processes"] for r in results] == [1, 2]
-    assert results[0]["protocol"]["subset"] == "7 of 9, evenly spaced"
-    assert results[0]["protocol"]["untrained networks"] == ["lpips_alex_random"]
+    results = [json.loads(Path(name).read_text()) for name in ("one", "two")]
+    commands = [json.loads(Path(f"{name}.command").read_text()) for name in ("one", "two")]
+    # pictures meet other ones in a batch: fp32 sums in another order
+    for part in ("mean", "generation"):
+        assert results[0][part] == pytest.approx(results[1][part], rel=1e-5), part
+    for name, values in results[0]["each"].items():
+        assert len(values) == 9 and values == pytest.approx(results[1]["each"][name], rel=1e-5), name
+    assert results[0]["mean"]["rfid"] > 0 and results[0]["generation"]["samples"] == 11
+    one, two = (c["metrics"] for c in commands)
+    assert one == pytest.approx(two, rel=1e-5) and one["pictures"] == 7
+    assert [c["protocol"]["processes"] for c in commands] == [1, 2]
+    assert commands[0]["protocol"]["subset"] == "7 of 9, evenly spaced"
+    assert commands[0]["protocol"]["untrained networks"] == ["lpips_alex_random"]
 
 
 def test_moments_of_parts_merge_to_the_whole(tmp_path: Path) -> None:
