@@ -213,9 +213,9 @@ def evaluate_reconstructions(
     if subject == "watch":
         measure = options.best_by or ("rfid" if judges.inception is not None else "psnr")
 
-        def score(weights: Path) -> dict[str, float | None]:
+        def score(weights: Path) -> dict[str, Any]:
             result = evaluate(*load(weights))
-            return result.get("metrics", {})
+            return {**result, "metrics": finite(result["metrics"])} if result else {}
 
         def keep(weights: Path, folder: Path) -> None:
             FlowMo.from_pretrained(weights).save_pretrained(folder)
@@ -249,7 +249,7 @@ def reconstruction_metrics(scores: Scores, judges: Judges) -> dict[str, float]:
 def evaluate_samples(options: argparse.Namespace, processes: Processes, device: torch.device) -> None:
     if options.reference is None:
         raise ValueError("--reference is not set: name the reference .npz of the ADM evaluator, or a folder")
-    if options.inception is None and set(MEASURES) <= set(options.skip):
+    if set(MEASURES) <= set(options.skip):
         raise ValueError("--skip leaves nothing to compute")
     inception = load_inception(options.inception).to(device)
     scored = score_generation(
@@ -298,11 +298,15 @@ def report(result: dict[str, Any], path: Path) -> None:
         print(
             f"numbers named `random` come from untrained networks ({', '.join(random)}): no published number compares"
         )
-    finite = {name: value if math.isfinite(value) else None for name, value in result["metrics"].items()}
-    text = json.dumps({**result, "metrics": finite}, indent=2) + "\n"
+    text = json.dumps({**result, "metrics": finite(result["metrics"])}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda name: Path(name).write_text(text))
     print(f"saved: {path}")
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """The numbers, None for an infinite PSNR."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def table(metrics: dict[str, float]) -> Sequence[str]:

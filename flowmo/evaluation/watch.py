@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flowmo.evaluation.processes import Processes
 from flowmo.files import atomic_write
@@ -19,6 +19,9 @@ from flowmo.training.checkpoint import list_checkpoints
 logger = logging.getLogger("flowmo")
 
 HIGHER_IS_BETTER = ("psnr", "psnr_pooled", "ssim", "ssim_gaussian", "codes_used", "code_entropy")
+
+
+Result = dict[str, Any]  # "metrics": numbers by name, None for those that JSON does not know; "protocol"
 
 
 class Candidate(NamedTuple):
@@ -68,11 +71,12 @@ class Watch:
         values = [line["scores"][self.measure] for line in self.scored if line["scores"].get(self.measure) is not None]
         return None if not values else max(values) if self.measure in HIGHER_IS_BETTER else min(values)
 
-    def add(self, candidate: Candidate, scores: dict[str, float | None], keep: Callable[[Path, Path], None]) -> bool:
-        """Record a model's scores; `keep(weights, folder)` writes a model folder, called where it is the best.
+    def add(self, candidate: Candidate, result: Result, keep: Callable[[Path, Path], None]) -> bool:
+        """Record a model's result; `keep(weights, folder)` writes a model folder, called where it is the best.
 
         Raises ValueError where the deciding measure is not among the scores.
         """
+        scores = result["metrics"]
         value = scores.get(self.measure)
         if value is None or math.isnan(value):
             raise ValueError(f"--best-by {self.measure}: not among the scores {', '.join(scores)}")
@@ -81,6 +85,7 @@ class Watch:
         if better:
             keep(candidate.weights, self.folder / "best")
         line = {"step": candidate.step, "sha256": candidate.digest, "best": better, "scores": scores}
+        line["protocol"] = result["protocol"]
         self.scored.append(line)
         text = "".join(json.dumps(line) + "\n" for line in self.scored)
         atomic_write(self.record, lambda name: Path(name).write_text(text))
@@ -90,7 +95,7 @@ class Watch:
 def follow(
     watch: Watch | None,
     processes: Processes,
-    score: Callable[[Path], dict[str, float | None]],
+    score: Callable[[Path], Result],
     keep: Callable[[Path, Path], None],
     *,
     interval: float = 30.0,
@@ -100,7 +105,7 @@ def follow(
 
     Args:
         watch: on the first process; None on the others.
-        score: a weights file to scores; called on all processes, its result counts on the first.
+        score: a weights file to its result; called on all processes, its result counts on the first.
         keep: (weights file, folder) writes a model folder; called on the first process.
 
     Raises:
@@ -109,12 +114,16 @@ def follow(
     while True:
         candidate = processes.from_main(watch.next() if watch is not None else None)
         if candidate is not None:
-            scores = score(candidate.weights)
+            result = score(candidate.weights)
             if watch is not None:
-                better = watch.add(candidate, scores, keep)
+                better = watch.add(candidate, result, keep)
                 where = f"step {candidate.step}" if candidate.step is not None else f"model {candidate.digest[:8]}"
                 logger.info(
-                    "%s: %s %.4f%s", where, watch.measure, scores[watch.measure], ", the best so far" if better else ""
+                    "%s: %s %.4f%s",
+                    where,
+                    watch.measure,
+                    result["metrics"][watch.measure],
+                    ", the best so far" if better else "",
                 )
             continue
         if once:

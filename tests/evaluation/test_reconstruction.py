@@ -388,6 +388,7 @@ def test_watch_scores_each_model_once_and_keeps_the_best(tmp_path: Path) -> None
         evaluate.main(arguments)  # nothing new
     assert [(line["step"], line["best"]) for line in lines()] == [(10, True), (20, True)]
     assert lines()[0]["scores"]["psnr"] < lines()[1]["scores"]["psnr"]
+    assert lines()[0]["protocol"]["sampler"]["steps"] == 1 and lines()[0]["protocol"]["levels"].startswith("rounded")
     best = FlowMo.from_pretrained(run / "evaluation" / "best")
     assert torch.equal(last_bias(best), last_bias(good))
     save(run, worst, 40)
