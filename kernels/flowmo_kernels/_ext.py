@@ -109,19 +109,21 @@ def launch(op: str, *arguments: Argument) -> None:
         launcher(op, arguments)
         return
     module = extension()
-    device: torch.device | None = None
+    devices: list[torch.device] = []
     values: list[int | float] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            device = device or argument.device
-            values.append(argument.data_ptr())
-        elif isinstance(argument, Pointers):
-            device = device or argument.table.device
-            values.append(argument.table.data_ptr())
+        tensor = argument.table if isinstance(argument, Pointers) else argument
+        if isinstance(tensor, Tensor):
+            devices.append(tensor.device)
+            values.append(tensor.data_ptr())
         else:
-            values.append(argument or 0)
+            values.append(tensor or 0)
+    device = devices[0] if devices else None
     if device is None or device.type != "cuda":
         raise ValueError(f"{op}: CUDA kernels need CUDA tensors; these lie on {device}")
+    if any(other != device for other in devices):
+        # A kernel would read an address of another memory, which ends the process's use of the card.
+        raise ValueError(f"{op}: all tensors must lie on one device; these lie on {sorted(set(map(str, devices)))}")
     with torch.cuda.device(device):
         status = module.set_device(device.index) or getattr(module, op)(
             *values, torch.cuda.current_stream(device).cuda_stream

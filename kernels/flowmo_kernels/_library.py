@@ -6,7 +6,8 @@ plain `torch.autograd.Function` over its forward and backward op, which costs le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,10 +27,35 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+    _library.impl(name, run, "CPU")
+    _library.impl(name, on_device_of_inputs(run), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def on_device_of_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with the device of its first tensor as the current one, which is where Triton launches.
+
+    PyTorch's own operators switch devices by themselves, operators written in Python do not.
+    """
+
+    @functools.wraps(run)
+    def guarded(*args: Any) -> Any:
+        index = next(t.device.index for t in _tensors(args))
+        if index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(index):
+            return run(*args)
+
+    return guarded
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
