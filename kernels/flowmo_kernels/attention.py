@@ -37,6 +37,22 @@ _SDP = {
 }
 
 
+def readable(x: Tensor) -> Tensor:
+    """x where libraries can read it: their kernels take 16 bytes at a time without asking whether rows start there.
+
+    A row at another place ends in a misaligned access, which ends the process's use of the card.  Views of the joint
+    buffers of a model are aligned and come back as they are.
+    """
+    return x.contiguous() if x.is_cuda and not is_aligned(x) else x
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether the last axis is contiguous and every row of it starts on 16 bytes (storages do)."""
+    step = 16 // x.element_size()
+    starts = [x.storage_offset(), *(s for n, s in zip(x.shape[:-1], x.stride()) if n > 1)]
+    return (x.shape[-1] <= 1 or x.stride(-1) == 1) and all(start % step == 0 for start in starts)
+
+
 def joint_attention_ref(
     q: Tensor,  # [B, Lq, H, d]
     k: Tensor,  # [B, L, H, d]
@@ -44,6 +60,7 @@ def joint_attention_ref(
     scale: float,
 ) -> Tensor:  # [B, Lq, H, d], contiguous
     """`joint_attention` in plain PyTorch."""
+    q, k, v = (readable(t) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return o.transpose(1, 2).contiguous()
 
@@ -90,16 +107,22 @@ def why_not(backend: str, q: Tensor) -> str | None:
     return None
 
 
-def _automatic(q: Tensor, gradient: bool) -> str:
+def _automatic(q: Tensor, keys: int, gradient: bool) -> str:
     """The backend `auto` takes: by device generation, what is installed, dtype, shape, and need of a gradient."""
-    if not q.is_cuda or q.numel() == 0:
+    if not q.is_cuda:
         return "sdpa"
+    if q.numel() == 0:
+        return "math"
     major = _capability(q.device.index)
     order = ["fa3", "cudnn", "fa2"] if major == 9 else ["cudnn", "fa2"] if major > 9 else ["fa2"]
     order += ["flash", "xformers", "efficient"]
-    if gradient and torch.are_deterministic_algorithms_enabled():
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if gradient and deterministic:
         # The others add up the query gradient with atomics.
         order = ["fa2", "flash"]
+    elif deterministic or keys == 1:
+        # PyTorch refuses cuDNN then, forward passes included.
+        order = [backend for backend in order if backend != "cudnn"]
     for backend in order:
         if why_not(backend, q) is None:
             return backend
@@ -121,7 +144,7 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto")
         choice = asked("joint_attention")
         if choice == "triton" and why_not("triton", q) is None:
             return "triton"
-        return "sdpa" if choice == "ref" else _automatic(q, wants_grad(q, k, v))
+        return "sdpa" if choice == "ref" else _automatic(q, k.shape[1], wants_grad(q, k, v))
     reason = why_not(backend, q)
     if reason is not None:
         raise KernelUnavailableError(f"attention backend {backend!r} was asked for, but {reason}")
@@ -165,6 +188,8 @@ def joint_attention(
     name = attention_backend(q, k, v, backend=backend)
     if name == "triton":
         return attention_triton(q, k, v, scale, logit_bound)
+    if name in ("fa3", "fa2", "xformers"):
+        q, k, v = (readable(t) for t in (q, k, v))
     if name == "fa3":
         from flash_attn_interface import flash_attn_func as flash_attention_3
 

@@ -158,7 +158,29 @@ def test_automatic_choice_on_a_card() -> None:
     assert attention_backend(*leaves) in ("fa2", "flash")  # deterministic algorithms are asked for in these tests
 
 
-def test_missing_backends_are_errors_with_a_reason() -> None:
+@pytest.mark.gpu
+def test_automatic_choice_where_cudnn_is_refused() -> None:
+    """PyTorch refuses it for a single key, and where deterministic algorithms are an order rather than a wish."""
+    one = make((1, 1, 2, 64), torch.bfloat16, "cuda")
+    assert attention_backend(*one) != "cudnn" and joint_attention(*one, 0.5).isfinite().all()
+    torch.use_deterministic_algorithms(True)  # the fixture of these tests turns it off again
+    half = make((1, 64, 2, 64), torch.bfloat16, "cuda")
+    assert attention_backend(*half) != "cudnn" and joint_attention(*half, 0.5).isfinite().all()
+
+
+def test_rows_that_libraries_can_read(device: str) -> None:
+    """A joint buffer's views start on 16 bytes; slices of channels and narrow heads do not, and are copied on a card."""
+    buffer = torch.zeros(2, 7, 3, 2, 24, dtype=torch.bfloat16, device=device)
+    for view in (*buffer.unbind(2), buffer[:, 3:, 1], buffer.transpose(0, 1)[:, :, 0]):
+        assert module.is_aligned(view) and module.readable(view) is view
+    narrow = torch.zeros(2, 7, 3, 2, 12, dtype=torch.bfloat16, device=device)
+    for view in (buffer[:, :, 0, :, 1:17], buffer[:, :, 0, :, ::2], narrow[:, :, 0]):
+        assert not module.is_aligned(view)
+        assert module.readable(view).is_contiguous() == (device == "cuda")
+    assert module.is_aligned(buffer.float()[..., 4:]) and not module.is_aligned(buffer.float()[..., 2:])
+
+
+def test_missing_backends_are_errors_with_a_reason(device: str) -> None:
     q, k, v = make((1, 4, 1, 8), torch.float32)
     for backend, reason in (("cudnn", "CUDA devices only"), ("efficient", "CUDA devices only")):
         with pytest.raises(KernelUnavailableError, match=reason):
@@ -168,7 +190,7 @@ def test_missing_backends_are_errors_with_a_reason() -> None:
             with pytest.raises(KernelUnavailableError, match=f"{package} is not installed"):
                 joint_attention(q, k, v, 1.0, backend=backend)
     with pytest.raises(KernelUnavailableError, match="at most 128 channels"):
-        joint_attention(*make((1, 4, 1, 130), torch.float32), 1.0, backend="triton")
+        joint_attention(*make((1, 4, 1, 130), torch.float32, device), 1.0, backend="triton")
 
 
 def test_bad_input() -> None:
