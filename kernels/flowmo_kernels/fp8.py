@@ -320,10 +320,12 @@ def linear_fp8(
         w.t(),
         scale_a=x_scale.reshape(-1, 1),
         scale_b=w_scale.t(),
-        bias=None if b is None else b.to(dtype),
+        bias=None if b is None or dtype == torch.float32 else b.to(dtype),
         out_dtype=dtype,
         use_fast_accum=True,
     )
+    if b is not None and dtype == torch.float32:  # the product takes a bias of the half types only
+        y += b
     return y.view(*x.shape[:-1], f)
 
 

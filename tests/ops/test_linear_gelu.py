@@ -90,8 +90,8 @@ def test_compiles(device: str) -> None:
         compiles(linear_gelu, (x, w, b), "triton")
 
 
-def test_bad_input() -> None:
-    x, w, b = make(SHAPES[1], torch.float32)
+def test_bad_input(device: str) -> None:
+    x, w, b = make(SHAPES[1], torch.float32, device)
     for implementation in ("ref", "triton"):
         with use(implementation):
             with pytest.raises(ValueError, match="do not fit"):
