@@ -26,14 +26,14 @@ def _chunks(shapes: tuple[tuple[int, ...], ...], rows: bool, device: torch.devic
         length = max(numel // shape[0], 1) if rows and shape and numel else CHUNK
         chunks += [(i, start, min(length, numel - start)) for start in range(0, numel, length)]
         first.append(len(chunks))
-    table = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 3)
-    return table.to(device), torch.tensor(first, dtype=torch.int64).to(device)
+    table = torch.tensor(chunks, dtype=torch.int64, device="cpu").reshape(-1, 3)
+    return table.to(device), torch.tensor(first, dtype=torch.int64, device="cpu").to(device)
 
 
 @lru_cache(maxsize=16)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """The addresses on the device; kept, so that an unchanged step and a captured graph copy nothing."""
-    table = torch.tensor(addresses, dtype=torch.int64)
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

@@ -233,14 +233,14 @@ def _chunks(
         chunks += [(i, start, min(length, numel - start)) for start in range(0, numel, length)]
         first.append(len(chunks))
         aligned = aligned and length % 4 == 0 and numel % 4 == 0
-    table = torch.tensor(chunks, dtype=torch.int32).reshape(-1, 3)
-    return table.to(device), torch.tensor(first, dtype=torch.int32).to(device), aligned
+    table = torch.tensor(chunks, dtype=torch.int32, device="cpu").reshape(-1, 3)
+    return table.to(device), torch.tensor(first, dtype=torch.int32, device="cpu").to(device), aligned
 
 
 @lru_cache(maxsize=16)
 def _table(pointers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Pointers [tensors, 6] on the device; kept, so that a captured graph or an unchanged step copies nothing."""
-    table = torch.tensor(pointers, dtype=torch.int64)
+    table = torch.tensor(pointers, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

@@ -319,11 +319,16 @@ def _launch_forward(
     )  # fmt: skip
 
 
+def _tables(q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the kernels read them: contiguous, and both gains in one dtype, as one pointer is chosen among them."""
+    return q_scale.contiguous(), k_scale.to(q_scale.dtype).contiguous(), cos.contiguous(), sin.contiguous()
+
+
 def _forward(
     qkv: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, split: int, eps: float, impl: str
 ) -> Tensor:
     qkv = rows_contiguous(qkv)
-    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
+    q_scale, k_scale, cos, sin = _tables(q_scale, k_scale, cos, sin)
     if impl == "cuda":
         from . import _cuda
 
@@ -343,7 +348,7 @@ def _forward_fake(
 def _inplace(
     qkv: Tensor, q_scale: Tensor, k_scale: Tensor, cos: Tensor, sin: Tensor, split: int, eps: float, impl: str
 ) -> None:
-    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
+    q_scale, k_scale, cos, sin = _tables(q_scale, k_scale, cos, sin)
     if impl == "cuda":
         from . import _cuda
 
@@ -363,7 +368,7 @@ def _backward(
     split: int, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dy, qkv = rows_contiguous(dy), rows_contiguous(qkv)
-    q_scale, k_scale, cos, sin = (t.contiguous() for t in (q_scale, k_scale, cos, sin))
+    q_scale, k_scale, cos, sin = _tables(q_scale, k_scale, cos, sin)
     if impl == "cuda":
         from . import _cuda
 

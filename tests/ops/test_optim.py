@@ -190,8 +190,8 @@ def test_same_bits_every_time(implementation: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_bad_input() -> None:
-    w = [torch.zeros(2, 3)]
+def test_bad_input(device: str) -> None:
+    w = [torch.zeros(2, 3, device=device)]
     for implementation in ("ref", "triton"):
         with use(implementation):
             with pytest.raises(ValueError, match="grads has 0 tensors for 1 weights"):
@@ -205,4 +205,4 @@ def test_bad_input() -> None:
             with pytest.raises(ValueError, match=r"decay is 1\.5"):
                 ema_(w, w, 1.5)
     with use("triton"), pytest.raises(ValueError, match="need contiguous memory"):
-        ema_([torch.zeros(3, 2).T], w, 0.5)
+        ema_([torch.zeros(3, 2, device=device).T], w, 0.5)
