@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -129,7 +131,7 @@ class Plan(ABC):
 
     def _record(self) -> None:
         with torch.cuda.device(self.device), torch.no_grad(), torch.autocast("cuda", enabled=False):
-            stream = torch.cuda.Stream()
+            stream = capture_stream(self.device, threading.get_ident())
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles kernels, makes workspaces and attention plans
                 self._run()
@@ -152,6 +154,12 @@ class Plan(ABC):
     @abstractmethod
     def _run(self) -> Tensor:
         """The result for what is in the buffers, images first axis."""
+
+
+@functools.cache
+def capture_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One stream for all captures of a thread: cuBLAS keeps a workspace of 32 MB for every stream it has ever seen."""
+    return torch.cuda.Stream(device)
 
 
 def check_fp8(fp8: bool, device: torch.device, dtype: torch.dtype) -> None:
