@@ -97,6 +97,7 @@ class LossConfig:
     entropy: float = 0.0025
     commitment: float = 0.000625
     condition_dropout: float = 0.1
+    codebook_entropy: str = "rank"  # rank (as released: of each process's micro-batch) | world (of all processes')
 
 
 @dataclass
@@ -120,13 +121,19 @@ class OptimConfig:
     ema_decay: float = 0.9999
     ema_every: int = 10
     freeze_encoder_at: int | None = 200_000
+    # null: as released, one rate for all weights. A width (4): true muP with that width as the base, under which the
+    # rate of hidden matrices and the readout fall as the model grows wider.
+    mup_base_width: int | None = None
 
 
 @dataclass
 class DataConfig:
-    path: str | None = None  # a folder of images, or "samples"
-    batch: int = 128  # images per optimizer step, over all micro-batches
-    workers: int = 8
+    # A folder of images, "samples", a tar archive (also a tar of tars), or a folder or pattern of tar shards.
+    path: str | None = None
+    index: str | None = None  # JSON index of the archive; null: its headers are read at the start
+    batch: int = 128  # images per optimizer step, over all micro-batches and processes
+    workers: int = 8  # processes that decode, to each training process
+    max_failed: float = 0.05  # share of the pictures read that may be undecodable before training stops
     flip: bool = False
     # Of the built-in photographs: shorter sides to resize to, and the part of the width that crops may lie in.
     scales: list[int] | None = None
@@ -144,10 +151,33 @@ class SamplerConfig:
 
 
 @dataclass
+class PosttrainConfig:
+    """Stage 1B: L_flow + weight * L_sample, the sample being a chain of random steps (paper, section 3.3)."""
+
+    weight: float = 0.01
+    steps: int = 8  # of the chain
+    resnet: str = "resnet50"  # resnet50 | random | none
+    resnet_weights: str | None = None  # file of the ResNet-50
+
+
+@dataclass
+class HeldoutConfig:
+    """Held-out pictures, measured as training goes; a run that no longer gets better stops."""
+
+    path: str | None = None  # a folder of images or "samples"; null: "samples" where data.path is, else no measuring
+    images: int = 64
+    every: int = 0  # steps; 0 never
+    patience: int = 5  # measurements in a row without a new best before training stops; 0 never stops
+    # perceptual: the stage's own distance | psnr | rfid: Frechet distance of Inception features, the published choice
+    metric: str = "perceptual"
+    inception_weights: str | None = None  # file, for rfid
+
+
+@dataclass
 class TrainerConfig:
     steps: int = 1_300_000
     minutes: float | None = None  # stop, and anneal a cosine schedule, by this much training time as well
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step of each process
     precision: str = "auto"  # auto | fp32 | bf16 (autocast) | bf16_matmul (CPU: fp32 with bf16 matrix products)
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = None
@@ -160,12 +190,18 @@ class TrainerConfig:
     save_every: int = 5_000
     keep: int = 3
     keep_every: int = 50_000
+    max_skipped: int = 10  # steps in a row with a loss or gradient that is not finite before training stops
+    profile: int = 0  # 1: a trace of three steps in RUN/profile
+    wandb: str = "none"  # none | offline | online
 
 
 @dataclass
 class Config:
     preset: str = "lo"
+    stage: str = "pretrain"  # pretrain (1A) | posttrain (1B)
     run: str = "runs/${preset}"
+    init: str | None = None  # run, model folder or released checkpoint whose (averaged) weights training starts from
+    checkpoint: str = "full"  # what the chain of posttrain recomputes: full | save10 (no matrix product) | none
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -173,6 +209,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
 
 
 # What each preset changes of the defaults, which are FlowMo-Lo's.
@@ -239,6 +277,33 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a stage changes of its preset: for every preset, and for one.
+STAGES: dict[str, dict[str, dict[str, Any]]] = {
+    "pretrain": {},
+    "posttrain": {
+        "": {
+            "run": "runs/${preset}-posttrain",
+            "optim": {"lr": 5e-5, "schedule": "constant", "warmup": 0, "freeze_encoder_at": None},
+            "data": {"batch": 64},
+            "trainer": {"steps": 20_018, "minutes": None, "accumulate": 2},  # one epoch of ImageNet
+            "heldout": {"every": 5_000},
+        },
+        "tiny": {
+            "data": {"batch": 8},
+            "trainer": {"steps": 40, "sample_every": 20, "save_every": 20},
+            "posttrain": {"resnet": "random"},
+            "heldout": {"every": 10},
+        },
+        "quickstart": {
+            "data": {"batch": 16},
+            "trainer": {"steps": 200, "sample_every": 100, "save_every": 50},
+            "posttrain": {"resnet": "random"},
+            "heldout": {"every": 25},
+        },
+    },
+}
+
+
 def model_config(preset: str, **overrides: Any) -> ModelConfig:
     """The model sizes of a preset, with any field replaced.
 
@@ -258,9 +323,14 @@ def parse(arguments: list[str]) -> Config:
     preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "quickstart"
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}")
+    stage = next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("stage=")), "pretrain")
+    if stage not in STAGES:
+        raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGES)}{_nearest(stage, STAGES)}")
     tree = OmegaConf.structured(Config)
     try:
         tree = OmegaConf.merge(tree, {"preset": preset}, PRESETS[preset])
+        for key in ("", preset):
+            tree = OmegaConf.merge(tree, STAGES[stage].get(key, {}))
         for argument in arguments:
             key, equals, _ = argument.partition("=")
             if not equals:
@@ -279,24 +349,43 @@ def check(config: Config) -> None:
     """Raises ConfigError where a value is outside what the code knows."""
     config.model.check()
     for key, allowed in (
+        ("checkpoint", ("full", "save10", "none")),
         ("loss.perceptual", ("lpips", "random", "none")),
+        ("loss.codebook_entropy", ("rank", "world")),
+        ("posttrain.resnet", ("resnet50", "random", "none")),
+        ("heldout.metric", ("perceptual", "psnr", "rfid")),
+        ("trainer.wandb", ("none", "offline", "online")),
         ("noise.law", ("thick_logit_normal", "logit_normal", "uniform")),
         ("optim.schedule", ("constant", "cosine")),
         ("optim.hold_norms", ("matrix", "channel", "none")),
         ("trainer.precision", ("auto", "fp32", "bf16", "bf16_matmul")),
     ):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+        value = _value(config, key)
         if value not in allowed:
             raise ConfigError(f"{key}={value!r}: expected one of {', '.join(allowed)}{_nearest(value, allowed)}")
     if config.data.batch % config.trainer.accumulate:
         raise ConfigError(
             f"data.batch={config.data.batch} is no multiple of trainer.accumulate={config.trainer.accumulate}"
         )
-    for key in ("data.batch", "trainer.accumulate", "trainer.steps", "trainer.log_every", "sampler.steps"):
-        section, name = key.split(".")
-        if getattr(getattr(config, section), name) < 1:
-            raise ConfigError(f"{key}={getattr(getattr(config, section), name)}: expected at least 1")
+    for key in (
+        *("data.batch", "posttrain.steps", "sampler.steps", "heldout.images"),
+        *(f"trainer.{k}" for k in ("accumulate", "steps", "log_every", "sample_every", "save_every", "max_skipped")),
+    ):
+        if _value(config, key) < 1:
+            raise ConfigError(f"{key}={_value(config, key)}: expected at least 1")
+    if not 0 <= config.data.max_failed <= 1:
+        raise ConfigError(f"data.max_failed={config.data.max_failed}: expected a share from 0 to 1")
+    if config.stage == "posttrain" and config.init is None:
+        raise ConfigError("stage=posttrain needs init=: a pre-training run, a model folder or a released checkpoint")
+    if config.heldout.metric == "rfid" and config.heldout.every and config.heldout.inception_weights is None:
+        raise ConfigError("heldout.metric=rfid needs heldout.inception_weights=PATH; or take perceptual or psnr")
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
 
 
 def to_yaml(config: Config) -> str:

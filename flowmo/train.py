@@ -3,9 +3,12 @@
     python -m flowmo.train                                    five minutes on built-in photographs, any CPU
     python -m flowmo.train lo data.path=IMAGES loss.perceptual_weights=vgg16-397923af.pth
     python -m flowmo.train small data.path=IMAGES loss.perceptual=none trainer.accumulate=2
+    python -m flowmo.train lo stage=posttrain init=runs/lo data.path=IMAGES posttrain.resnet_weights=RESNET50.pth
+    torchrun --nproc-per-node 8 -m flowmo.train lo data.path=ILSVRC2012_img_train.tar data.index=index.json ...
     python -m flowmo.train lo --dry-run                       print the resolved configuration and stop
 
-Presets: lo, hi, small, continuous, tiny, quickstart. The same command again resumes its run folder.
+Presets: lo, hi, small, continuous, tiny, quickstart. The same command again resumes its run folder, also with another
+number of processes. python -m flowmo.training.report RUN writes its curves and grids into one page.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from flowmo import quickstart  # late, so that mistakes in the command are said at once
     from flowmo.training.loop import Trainer
 
-    if config.preset == "quickstart" and config.data.path == "samples":
+    if config.preset == "quickstart" and config.stage == "pretrain" and config.data.path == "samples":
         return quickstart.run(config)
     Trainer(config).fit()
     return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from flowmo.data.archive import ArchiveError, ArchiveImages
 from flowmo.data.folder import Example, ImageFolder, Skipped, find_images
-from flowmo.data.loader import BatchSource, TrainingBatches, build_data
+from flowmo.data.loader import BatchSource, TooManyFailures, TrainingBatches, build_data
 from flowmo.data.samples import CropSampler, SamplePhotographsMissing, heldout_photographs, train_photographs
 from flowmo.data.transforms import (
     ImageReadError,
@@ -20,6 +21,8 @@ from flowmo.data.transforms import (
 )
 
 __all__ = [
+    "ArchiveError",
+    "ArchiveImages",
     "BatchSource",
     "CropSampler",
     "Example",
@@ -27,6 +30,7 @@ __all__ = [
     "ImageReadError",
     "SamplePhotographsMissing",
     "Skipped",
+    "TooManyFailures",
     "TrainingBatches",
     "build_data",
     "center_crop",

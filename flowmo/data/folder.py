@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -115,7 +115,100 @@ def _size_fault(width: int, height: int, min_side: int) -> str | None:
     return f"too small: {width} x {height}, sides of {min_side} wanted" if min(width, height) < min_side else None
 
 
-class ImageFolder(Dataset[Example]):
+class Pictures(Dataset[Example]):
+    """Crops of pictures in a fixed order; where they come from is a subclass's business.
+
+    A subclass sets `paths`, `labels`, `classes` and `skipped` and overrides :meth:`read`.
+    """
+
+    root: Path
+    image_size: int
+    crop: Literal["random", "center"]
+    flip: bool
+    seed: int
+    min_side: int
+    as_uint8: bool
+    paths: Sequence[str]
+    labels: Sequence[int]
+    classes: list[str]
+    skipped: list[Skipped]
+
+    def _set(
+        self,
+        root: PathLike,
+        image_size: int,
+        crop: Literal["random", "center"],
+        flip: bool,
+        seed: int,
+        min_side: int | None,
+        as_uint8: bool,
+    ) -> None:
+        if image_size < 1 or seed < 0:
+            raise ValueError(
+                f"{type(self).__name__} expects image_size >= 1 and seed >= 0; got {image_size} and {seed}"
+            )
+        if crop not in ("random", "center"):
+            raise ValueError(f"crop must be 'random' or 'center', got {crop!r}")
+        self.root, self.image_size, self.crop, self.flip, self.seed = Path(root), image_size, crop, flip, seed
+        self.min_side = max(16, image_size // 8) if min_side is None else min_side
+        self.as_uint8 = as_uint8
+        self.skipped = []
+
+    def read(self, at: int) -> Image.Image:
+        """Picture `at` as 8-bit RGB; raises ImageReadError or OSError."""
+        return load_image(self.paths[at])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Example:
+        epoch, index = index if isinstance(index, tuple) else (0, index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        pixels, label, failed = self.fetch(epoch, index % len(self))
+        self.record(failed)
+        return Example(pixels if self.as_uint8 else normalize(pixels), label)
+
+    def fetch(self, epoch: int, index: int) -> Fetched:
+        """The crop of picture `index` in `epoch`, and the files that had to be passed over to get one.
+
+        Raises ImageReadError when no file of the whole folder can be decoded any more.
+        """
+        failed: list[Skipped] = []
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                img = self.read(at)
+                fault = _size_fault(*img.size, self.min_side)
+            except (ImageReadError, OSError) as error:
+                fault = error.reason if isinstance(error, ImageReadError) else str(error)
+            if fault is None:
+                return Fetched(self._crop(img, epoch, index), self.labels[at], tuple(failed))
+            failed.append(Skipped(self.paths[at], fault))
+        raise ImageReadError(self.root, f"none of its {len(self)} pictures can be decoded" + _listing(failed, ": "))
+
+    def _crop(self, img: Image.Image, epoch: int, index: int) -> Tensor:
+        img = resize_shorter(img, self.image_size)
+        if self.crop == "center":
+            pixels = np.array(center_crop(img, self.image_size))
+        else:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            pixels = np.array(random_crop(img, self.image_size, rng))
+            if self.flip and rng.random() < 0.5:
+                pixels = pixels[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def record(self, failed: Iterable[Skipped]) -> None:
+        """Add files to `skipped` and name them in a warning; a file that is listed already is not repeated."""
+        known = {skipped.path for skipped in self.skipped}
+        fresh = list({skipped.path: skipped for skipped in failed if skipped.path not in known}.values())
+        if fresh:
+            self.skipped.extend(fresh)
+            count = "1 file" if len(fresh) == 1 else f"{len(fresh)} files"
+            warnings.warn(f"skipped {count} under {self.root}" + _listing(fresh, ": "), stacklevel=2)
+
+
+class ImageFolder(Pictures):
     """Crops of the pictures under a folder (or of a single file), in a fixed order.
 
     A picture is resized so that its shorter side is `image_size` and cropped to a square. The random crop of
@@ -157,15 +250,7 @@ class ImageFolder(Dataset[Example]):
         as_uint8: bool = False,
         check_headers: bool = True,
     ) -> None:
-        if image_size < 1 or seed < 0:
-            raise ValueError(f"ImageFolder expects image_size >= 1 and seed >= 0; got {image_size} and {seed}")
-        if crop not in ("random", "center"):
-            raise ValueError(f"crop must be 'random' or 'center', got {crop!r}")
-        self.root, self.image_size, self.crop, self.flip, self.seed = Path(root), image_size, crop, flip, seed
-        self.min_side = max(16, image_size // 8) if min_side is None else min_side
-        self.as_uint8 = as_uint8
-        self.skipped: list[Skipped] = []
-
+        self._set(root, image_size, crop, flip, seed, min_side, as_uint8)
         found = find_images(root)
         folder = self.root if self.root.is_dir() else self.root.parent
         class_of = [inside.parts[0] if len(inside.parts) > 1 else None for inside in _relative(found, folder)]
@@ -188,55 +273,6 @@ class ImageFolder(Dataset[Example]):
                 f"{self.min_side} pixels; {len(found)} picture files found" + _listing(bad, ", skipped: ")
             )
         self.record(bad)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Example:
-        epoch, index = index if isinstance(index, tuple) else (0, index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
-        pixels, label, failed = self.fetch(epoch, index % len(self))
-        self.record(failed)
-        return Example(pixels if self.as_uint8 else normalize(pixels), label)
-
-    def fetch(self, epoch: int, index: int) -> Fetched:
-        """The crop of picture `index` in `epoch`, and the files that had to be passed over to get one.
-
-        Raises ImageReadError when no file of the whole folder can be decoded any more.
-        """
-        failed: list[Skipped] = []
-        for step in range(len(self)):
-            at = (index + step) % len(self)
-            try:
-                img = load_image(self.paths[at])
-                fault = _size_fault(*img.size, self.min_side)
-            except (ImageReadError, OSError) as error:
-                fault = error.reason if isinstance(error, ImageReadError) else str(error)
-            if fault is None:
-                return Fetched(self._crop(img, epoch, index), self.labels[at], tuple(failed))
-            failed.append(Skipped(self.paths[at], fault))
-        raise ImageReadError(self.root, f"none of its {len(self)} pictures can be decoded" + _listing(failed, ": "))
-
-    def _crop(self, img: Image.Image, epoch: int, index: int) -> Tensor:
-        img = resize_shorter(img, self.image_size)
-        if self.crop == "center":
-            pixels = np.array(center_crop(img, self.image_size))
-        else:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            pixels = np.array(random_crop(img, self.image_size, rng))
-            if self.flip and rng.random() < 0.5:
-                pixels = pixels[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-    def record(self, failed: Iterable[Skipped]) -> None:
-        """Add files to `skipped` and name them in a warning; a file that is listed already is not repeated."""
-        known = {skipped.path for skipped in self.skipped}
-        fresh = list({skipped.path: skipped for skipped in failed if skipped.path not in known}.values())
-        if fresh:
-            self.skipped.extend(fresh)
-            count = "1 file" if len(fresh) == 1 else f"{len(fresh)} files"
-            warnings.warn(f"skipped {count} under {self.root}" + _listing(fresh, ": "), stacklevel=2)
 
     def describe(self) -> str:
         """One line for the log."""

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowmo.data.folder import Fetched, ImageFolder, Skipped
+from flowmo.data.archive import ArchiveImages, find_archives
+from flowmo.data.folder import Fetched, ImageFolder, Pictures, Skipped
 from flowmo.data.samples import CropSampler, train_photographs
 from flowmo.data.transforms import PathLike, normalize
+
+_FEW = 10  # failures before their share says anything
+
+
+class TooManyFailures(ValueError):
+    """So many pictures cannot be decoded that the data, not single files, must be broken."""
 
 
 class CropSource(Protocol):
@@ -80,8 +87,11 @@ class TrainingBatches:
         start_position: pictures of the stream to pass over without reading them.
         workers: processes that decode ahead; 0 decodes in this one.
         device: where batches are delivered (pinned on the way to a GPU); the bytes travel as uint8.
+        rank, world: this process and the number of processes, which take the batches of one stream in turn.
+        max_failed: share of the pictures read that may fail to decode; above it the data are taken to be broken.
 
-    Yields float32 [batch, 3, S, S] in [-1, 1]. `position` counts the pictures delivered, over all epochs.
+    Yields float32 [batch, 3, S, S] in [-1, 1]. `position` counts the pictures delivered, over all epochs and
+    processes.
     """
 
     def __init__(
@@ -93,6 +103,9 @@ class TrainingBatches:
         start_position: int = 0,
         workers: int = 0,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        world: int = 1,
+        max_failed: float = 1.0,
     ) -> None:
         if batch < 1 or seed < 0 or start_position < 0 or workers < 0:
             raise ValueError(
@@ -102,6 +115,8 @@ class TrainingBatches:
         self.source, self.batch, self.seed, self.workers = source, batch, seed, workers
         self.device = torch.device(device) if device is not None else torch.device("cpu")
         self.position = start_position
+        self.rank, self.world, self.max_failed = rank, world, max_failed
+        self._read_count = self._failed_count = 0  # of this process, in this session
         self._batches = _Batches(source, batch, seed)
         self._reading: Iterator[tuple[Tensor, tuple[Skipped, ...]]] | None = None
 
@@ -114,14 +129,22 @@ class TrainingBatches:
             self._reading = self._read()
         pixels, failed = next(self._reading)
         self.source.record(failed)
-        self.position += self.batch
+        self.position += self.batch * self.world
+        self._read_count += self.batch
+        self._failed_count += len(failed)
+        if failed and self._failed_count >= _FEW and self._failed_count > self.max_failed * self._read_count:
+            raise TooManyFailures(
+                f"{self._failed_count} of {self._read_count} pictures could not be decoded, more than the share "
+                f"data.max_failed={self.max_failed:g} (last: {failed[-1].path}: {failed[-1].reason}); "
+                "repair the data, or raise data.max_failed"
+            )
         if self.device.type == "cuda":
             pixels = pixels if pixels.is_pinned() else pixels.pin_memory()
             pixels = pixels.to(self.device, non_blocking=True)
         return normalize(pixels.to(self.device))
 
     def _read(self) -> Iterator[tuple[Tensor, tuple[Skipped, ...]]]:
-        positions = _Positions(self.position, self.batch)
+        positions = _Positions(self.position + self.rank * self.batch, self.batch * self.world)
         if self.workers == 0:
             return (self._batches[position] for position in positions)
         loader = DataLoader(
@@ -184,13 +207,17 @@ def build_data(
     scales: Sequence[int] | None = None,
     columns: tuple[float, float] = (0.0, 1.0),
     device: torch.device | str | None = None,
+    index: PathLike | None = None,
+    max_failed: float = 1.0,
+    rank: int = 0,
+    world: int = 1,
 ) -> TrainingBatches | CropSampler:
     """The training batches that a config asks for.
 
-    `source` is a folder or file of pictures, or the word "samples" for the built-in training photographs, which
-    are cropped in memory (`scales` and `columns` are theirs, see CropSampler; `workers` is not needed there). A
-    folder of that name is "./samples".
-    `start_position` counts what the result's `position` counts: pictures for a folder, batches for the samples.
+    `source` is a folder or file of pictures, tar archives (see ArchiveImages; `index` is theirs), or the word
+    "samples" for the built-in training photographs, which are cropped in memory (`scales` and `columns` are theirs,
+    see CropSampler; `workers` is not needed there). A folder of that name is "./samples".
+    `start_position` counts what the result's `position` counts: pictures for files, batches for the samples.
 
     Raises FileNotFoundError or SamplePhotographsMissing, saying what was looked for.
     """
@@ -204,8 +231,20 @@ def build_data(
             flip=flip,
             columns=columns,
             device=device,
+            rank=rank,
+            world=world,
         )
         sampler.position = start_position
         return sampler
-    folder = ImageFolder(source, image_size, flip=flip, seed=seed)
-    return TrainingBatches(folder, batch, seed, start_position=start_position, workers=workers, device=device)
+    archives = find_archives(source)
+    if index is not None and not archives:
+        raise ValueError(f"data.index={index} is of tar archives, and data.path={source} names none")
+    pictures: Pictures
+    if archives:
+        pictures = ArchiveImages(source, image_size, index=index, flip=flip, seed=seed)
+    else:
+        pictures = ImageFolder(source, image_size, flip=flip, seed=seed)
+    return TrainingBatches(
+        pictures, batch, seed, start_position=start_position, workers=workers, device=device,
+        rank=rank, world=world, max_failed=max_failed,
+    )  # fmt: skip

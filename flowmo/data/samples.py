@@ -103,8 +103,9 @@ class CropSampler:
             and looking at (0.75, 1) shows crops that no training step has seen. Scales at which a crop does
             not fit into that part are left out.
         device: where batches are delivered; the bytes travel as uint8.
+        rank, world: this process and the number of processes, which take the batches in turn.
 
-    Yields float32 [batch, 3, size, size] in [-1, 1].
+    Yields float32 [batch, 3, size, size] in [-1, 1]. `position` counts the batches of all processes.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class CropSampler:
         flip: bool = False,
         columns: tuple[float, float] = (0.0, 1.0),
         device: torch.device | str | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         named = images if isinstance(images, Mapping) else {str(i): img for i, img in enumerate(images)}
         pictures = dict(named)
@@ -136,7 +139,8 @@ class CropSampler:
         self.scales = scales
         self.device = torch.device(device) if device is not None else torch.device("cpu")
         self.names = list(pictures)
-        self.position = 0  # batches delivered
+        self.rank, self.world = rank, world
+        self.position = 0
         self._levels = [self._pyramid(name, img) for name, img in pictures.items()]
         self._level_counts = np.array([len(levels) for levels in self._levels])
 
@@ -161,7 +165,7 @@ class CropSampler:
 
     def __next__(self) -> Tensor:
         """The batch at the current position, float32 [batch, 3, size, size] in [-1, 1]."""
-        rng = np.random.default_rng((self.seed, self.position))
+        rng = np.random.default_rng((self.seed, self.position + self.rank))
         pictures = rng.integers(0, len(self._levels), self.batch)
         levels = rng.integers(0, self._level_counts[pictures])
         where = rng.random((self.batch, 2))
@@ -174,7 +178,7 @@ class CropSampler:
             left = int(where[i, 1] * (pixels.shape[2] - size + 1))
             crop = pixels[:, top : top + size, left : left + size]
             out[i] = crop[:, :, ::-1] if mirrored[i] else crop
-        self.position += 1
+        self.position += self.world
         return normalize(torch.from_numpy(out).to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,11 +186,14 @@ class CropSampler:
         return {"position": self.position, "seed": self.seed, "batch": self.batch, "names": list(self.names)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after `state["position"]` batches; raises ValueError if seed, batch or pictures differ."""
-        for key, mine in (("seed", self.seed), ("batch", self.batch), ("names", self.names)):
+        """Continue after `state["position"]` batches; raises ValueError if seed or pictures differ.
+
+        With another batch size the same number of pictures counts as delivered; crops drawn so far do not repeat.
+        """
+        for key, mine in (("seed", self.seed), ("names", self.names)):
             if state[key] != mine:
                 raise ValueError(f"the saved data position was made with {key}={state[key]!r}, this run has {mine!r}")
-        self.position = int(state["position"])
+        self.position = -(-int(state["position"]) * int(state["batch"]) // self.batch)
 
     def describe(self) -> str:
         """One line for the log."""

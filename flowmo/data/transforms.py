@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,8 +49,16 @@ def load_image(path: PathLike) -> Image.Image:
         raise FileNotFoundError(f"no such picture file: {os.fspath(path)}")
     if not os.path.isfile(path):
         raise ImageReadError(path, "not a regular file; give the path of one picture")
+    return decode_image(path, path)
+
+
+def decode_image(source: PathLike | BinaryIO, path: PathLike) -> Image.Image:
+    """As :func:`load_image`, of a path or of a file's bytes; `path` is the name for error messages.
+
+    Raises ImageReadError as there.
+    """
     try:
-        with Image.open(path) as img:
+        with Image.open(source) as img:
             img.load()
             return _to_rgb(ImageOps.exif_transpose(img))
     except Image.DecompressionBombError as error:

@@ -6,13 +6,16 @@ Source: paper, section 4.1 (Adam with betas 0.9 and 0.95, forced weight normalis
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowmo.config import OptimConfig
-from flowmo_kernels import adam_hold_ema_, weight_norms
+from flowmo.autoencoder import FlowMo
+from flowmo.config import ModelConfig, OptimConfig
+from flowmo_kernels import adam_hold_ema_, ema_, weight_norms
 
 
 def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
@@ -23,19 +26,27 @@ def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
+_HIDDEN_OR_READOUT = re.compile(r"(time_in\.out_layer|adaLN_modulation\.1|final_layer_\w+\.linear)\.weight$")
+
+
 class AdamHoldEMA:
     """Adam over fp32 parameters, the norm hold of the block weights, and the average of everything.
 
-    Parameters without a gradient (a frozen encoder) are left alone and keep their moments.
+    Parameters without a gradient (a frozen encoder) are left alone and keep their moments; their average goes on
+    towards them.
 
     Args:
         named: the trainable parameters by name.
         config: rates, decay and the kind of hold: "matrix" keeps the Frobenius norm of every Linear weight inside
             the blocks at its value of now, "channel" that of each row, "none" nothing.
+        rate_scales: factors of the learning rate by name; those not named have 1.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], config: OptimConfig) -> None:
+    def __init__(
+        self, named: dict[str, nn.Parameter], config: OptimConfig, rate_scales: Mapping[str, float] | None = None
+    ) -> None:
         self.config = config
+        self.rate_scales = dict(rate_scales or {})
         self.step_count = 0
         self.parameters = named
         self.exp_avg = {k: torch.zeros_like(p) for k, p in named.items()}
@@ -49,23 +60,30 @@ class AdamHoldEMA:
         """One update from the gradients that are there; they are cleared."""
         self.step_count += 1
         grads = {k: p.grad for k, p in self.parameters.items() if p.grad is not None}
-        keys = list(grads)
         every = self.config.ema_every
         due = self.step_count % every == 0
-        adam_hold_ema_(
-            [self.parameters[k].detach() for k in keys],
-            list(grads.values()),
-            [self.exp_avg[k] for k in keys],
-            [self.exp_avg_sq[k] for k in keys],
-            step=self.step_count,
-            lr=lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            norms=[self.norm.get(k) for k in keys],
-            per_channel=self.config.hold_norms == "channel",
-            averages=[self.average[k] for k in keys] if due else None,
-            decay=self.config.ema_decay**every,
-        )
+        decay = self.config.ema_decay**every
+        groups: dict[float, list[str]] = {}
+        for key in grads:
+            groups.setdefault(self.rate_scales.get(key, 1.0), []).append(key)
+        for scale, keys in groups.items():
+            adam_hold_ema_(
+                [self.parameters[k].detach() for k in keys],
+                [grads[k] for k in keys],
+                [self.exp_avg[k] for k in keys],
+                [self.exp_avg_sq[k] for k in keys],
+                step=self.step_count,
+                lr=lr * scale,
+                betas=self.config.betas,
+                eps=self.config.eps,
+                norms=[self.norm.get(k) for k in keys],
+                per_channel=self.config.hold_norms == "channel",
+                averages=[self.average[k] for k in keys] if due else None,
+                decay=decay,
+            )
+        still = [k for k in self.parameters if k not in grads] if due else []
+        if still:
+            ema_([self.average[k] for k in still], [self.parameters[k].detach() for k in still], decay)
         for p in self.parameters.values():
             p.grad = None
 
@@ -90,6 +108,35 @@ class AdamHoldEMA:
         for name in ("exp_avg", "exp_avg_sq", "average", "norm"):
             for key, value in getattr(self, name).items():
                 value.copy_(state[name][key])
+
+
+def mup_scales(named: Mapping[str, Tensor], model: ModelConfig, base: int) -> dict[str, float]:
+    """Factors of Adam's learning rate under muP: base / width for hidden matrices and for the readout.
+
+    Hidden matrices have both sides growing with the width: the blocks' Linear weights, the time embedding's second
+    and the last layer's modulation. The readout's output factor base / width is folded into its weights (see
+    :func:`scale_readouts_`); Adam's steps do not see the size of gradients, so the factor comes back here as rate.
+    Everything else (inputs, biases, gains) has one side that does not grow, and keeps the rate.
+    Source: Yang et al., "Tensor Programs V", 2022, table 8, for Adam.
+    """
+    scales = {}
+    for name in named:
+        width = model.encoder_width if name.startswith("encoder.") else model.decoder_width
+        if is_held(name) or _HIDDEN_OR_READOUT.search(name):
+            scales[name] = base / width
+    return scales
+
+
+@torch.no_grad()
+def scale_readouts_(model: FlowMo, base: int) -> None:
+    """Give the readouts of a fresh FlowMo muP's initial size, in place: sqrt(base / width) of PyTorch's own.
+
+    That is the base width's deviation, 1 / sqrt(base fan-in), times the output factor base / width.
+    """
+    for part, width in (("encoder", model.config.encoder_width), ("decoder", model.config.decoder_width)):
+        transformer = getattr(model, part)
+        for stream in ("img", "txt"):
+            getattr(transformer, f"final_layer_{stream}").linear.weight.mul_((base / width) ** 0.5)
 
 
 def is_held(name: str) -> bool:

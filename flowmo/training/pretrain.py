@@ -1,4 +1,4 @@
-"""Stage 1A, mode-matching pre-training (paper, section 3.2): its noise law and its loss."""
+"""Stage 1A, mode-matching pre-training (paper, section 3.2): its noise law, its loss and its stage object."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.autoencoder import FlowMo
-from flowmo.config import LossConfig, NoiseConfig
+from flowmo.config import Config, LossConfig, NoiseConfig
 from flowmo.layers import patchify, unpatchify
+from flowmo.perceptual import load_perceptual
+from flowmo.training.distributed import gather_rows
+from flowmo.training.stage import Stage
 
 
 def sample_noise_levels(
@@ -44,17 +47,27 @@ def pretrain_loss(
     perceptual: nn.Module | None = None,
     generator: torch.Generator | None = None,
     frozen_encoder: bool = False,
+    code_counts: Tensor | None = None,  # int64 [2^bits], to which the tokens of the batch are added
 ) -> dict[str, Tensor]:  # scalars, fp32; "total" carries the gradient
     """L_flow + perceptual L_perc + entropy L_ent + commitment L_commit (paper, eq. 9).
 
     The perceptual distance is taken on the one-step denoised picture x_t - t v (eq. 6 in the released sign). The
     conditioning of a sample is dropped with probability `condition_dropout`; entropy and commitment see every
-    sample. With a frozen encoder the codes carry no gradient and the quantizer's losses are reported only.
+    sample. With a frozen encoder the codes carry no gradient and the quantizer's losses are reported only. The
+    entropy of the codebook is that of this batch, as in the released implementation, or with `loss.codebook_entropy`
+    "world" that of the batches of all processes.
     """
     c = model.config
     data = patchify(images, c.patch)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
-        quantized = model.quantize(model.latent(images))
+        latent = model.latent(images)
+        quantized = model.quantize(latent)
+        if loss.codebook_entropy == "world" and quantized.tokens is not None:
+            of_all = model.quantize(gather_rows(latent))
+            quantized = quantized._replace(codebook_entropy=of_all.codebook_entropy)
+    if code_counts is not None and quantized.tokens is not None:
+        seen = quantized.tokens.flatten()
+        code_counts.scatter_add_(0, seen, torch.ones_like(seen))
     t = sample_noise_levels(len(images), noise, generator, images.device)
     z = torch.randn(data.shape, generator=generator, device=images.device)
     keep = torch.rand(len(images), generator=generator, device=images.device) >= loss.condition_dropout
@@ -74,3 +87,42 @@ def pretrain_loss(
         report["perceptual"] = perceptual(images, denoised).mean()
         total = total + loss.perceptual_weight * report["perceptual"]
     return {"total": total, **report}
+
+
+class Pretrain(Stage):
+    """Encoder and decoder together, then, from `optim.freeze_encoder_at` on, the decoder alone."""
+
+    name = "pretrain"
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.perceptual: nn.Module | None = load_perceptual(
+            config.loss.perceptual, weights=config.loss.perceptual_weights, heads=config.loss.perceptual_heads
+        )
+        if self.perceptual is not None:
+            self.perceptual.to(device)
+        if config.model.quantizer == "lfq":
+            self.code_counts = torch.zeros(2**config.model.entropy_bits, dtype=torch.int64, device=device)
+        self.frozen = False
+        self.loss = torch.compile(pretrain_loss) if config.trainer.compile else pretrain_loss
+
+    def update(self, step: int) -> bool:
+        freeze_at = self.config.optim.freeze_encoder_at
+        frozen = freeze_at is not None and step >= freeze_at
+        if frozen == self.frozen:
+            return False
+        self.frozen = frozen
+        for name, parameter in self.trained.items():
+            if name.startswith("encoder."):
+                parameter.requires_grad_(not frozen)
+        return True
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        c = self.config
+        return self.loss(
+            self.model, images, c.loss, c.noise, self.perceptual, generator,
+            frozen_encoder=self.frozen, code_counts=self.code_counts,
+        )  # fmt: skip
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return None if self.perceptual is None else self.perceptual(x, y)
