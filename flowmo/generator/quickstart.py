@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmo import cli, generate, tokenize
+from flowmo import FlowMo, cli, generate, tokenize
 from flowmo.data import heldout_photographs, make_grid, normalize, resize_shorter, save_png, train_photographs
 from flowmo.data.tokens import TokenBatches, TokenCache, picture_views
 from flowmo.files import atomic_write
@@ -64,21 +64,30 @@ def main(arguments: list[str]) -> int:
         labels = torch.from_numpy(archive["arr_1"])
     nearest, error = judge(pictures, list(views.values()))
     right = nearest == labels
-    print(f"\n{'asked for':24}{'nearest':>10}{'PSNR, dB':>12}")
+    able = tokenizer_alone(tokenizer, list(views.values()), options.seed)
+    print(f"\n{'asked for':24}{'shown':>10}{'PSNR, dB':>12}{'the tokenizer alone':>22}")
     for label, name in enumerate(views):
         mine = labels == label
         psnr = -10 * math.log10(float(error[mine].mean()) / 4)
-        print(f"{name:24}{int(right[mine].sum()):>5} of {int(mine.sum())}{psnr:>12.2f}")
+        alone = f"{able[label]} of {len(views[name])}"
+        print(f"{name:24}{f'{int(right[mine].sum())} of {int(mine.sum())}':>10}{psnr:>12.2f}{alone:>22}")
     rows = [torch.cat([v[:1], pictures[labels == i]]) for i, v in enumerate(views.values())]
     path = save_png(make_grid(rows, list(views), scale=2), out / "grid.png")
     met = bool(right.all())
     print(f"{int(right.sum())} of {len(labels)} pictures show the photograph asked for, after {seconds:.0f} s")
     print(f"  {'met' if met else 'NOT MET'}: the nearest photograph is the one asked for, in every class")
+    blurred = [name for name, count, v in zip(views, able, views.values()) if count < len(v)]
+    if blurred:
+        print(
+            f"  the tokenizer's own reconstructions of {', '.join(blurred)} are nearest to another photograph: "
+            "train the tokenizer for longer"
+        )
     print(f"wrote {path}: the photograph, then pictures drawn of it")
     result = {
         "seconds": round(seconds, 1),
         "pictures": len(labels),
         "right": int(right.sum()),
+        "right_of_tokenizer_alone": dict(zip(views, able)),
         "right_by_class": {name: int(right[labels == i].sum()) for i, name in enumerate(views)},
         "met": met,
     }
@@ -117,6 +126,17 @@ def judge(
     distances = [((pictures[:, None] - views[None]) ** 2).flatten(2).mean(-1).amin(1) for views in photographs]
     error, nearest = torch.stack(distances, dim=1).min(dim=1)
     return nearest, error
+
+
+def tokenizer_alone(tokenizer: str | Path, photographs: list[Tensor], seed: int) -> list[int]:
+    """How many reconstructed views of each photograph are nearest to it: no generator can do better."""
+    model = FlowMo.from_pretrained(tokenizer)
+    counts = []
+    for label, views in enumerate(photographs):
+        noise = torch.Generator().manual_seed(seed)
+        nearest, _ = judge(model.reconstruct(views, steps=8, generator=noise), photographs)
+        counts.append(int((nearest == label).sum()))
+    return counts
 
 
 def parser() -> argparse.ArgumentParser:

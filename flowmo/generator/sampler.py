@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flowmo.config import ConfigError
+from flowmo.engine.plan import capture_stream
 from flowmo.generator.network import Generator, NetworkConfig
 
 log = logging.getLogger("flowmo.generator")
@@ -272,7 +274,7 @@ class SamplerPlan:
     @torch.no_grad()
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
+            stream = capture_stream(self.device, threading.get_ident())
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles kernels, makes workspaces and attention plans
                 self._run(replace(self.config, steps=min(2, self.config.steps)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def test_quickstart_runs_to_its_verdict(tokenizer, tmp_path, capsys):
     arguments = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "quick"), "--steps", "2", "--n", "1"]
     assert quickstart.main(arguments) == 1
     said = capsys.readouterr().out
-    assert "NOT MET" in said and "astronaut" in said
+    assert "NOT MET" in said and "astronaut" in said and "train the tokenizer for longer" in said
+    result = json.loads((tmp_path / "quick" / "result.json").read_text())
+    assert not result["met"] and result["pictures"] == 10 and sum(result["right_by_class"].values()) == result["right"]
     for name in ("grid.png", "result.json", "tokens/header.json", "generator/model.safetensors", "samples/samples.npz"):
         assert (tmp_path / "quick" / name).exists(), name
 
