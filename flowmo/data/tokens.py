@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flowmo.autoencoder import FlowMo
 
 GROUPINGS = ("parity", "contiguous")
-TODO, DONE, UNREADABLE = 0, 1, 2
+PENDING, DONE, UNREADABLE = 0, 1, 2
 
 
 class TokenCacheError(ValueError):
@@ -243,7 +243,7 @@ class TokenCache:
             TokenCacheError: damaged, unfinished, or of another tokenizer or layout than expected.
         """
         cache = cls(folder, read_header(Path(folder)))
-        left = int((cache.state == TODO).sum())
+        left = int((cache.state == PENDING).sum())
         if left:
             raise TokenCacheError(
                 f"{folder}: {left} of {len(cache.state)} pictures are not tokenized yet; run the same flowmo.tokenize "
@@ -260,7 +260,7 @@ class TokenCache:
 
     def todo(self) -> np.ndarray:
         """Indices of the pictures that are not done, int64."""
-        return np.flatnonzero(self.state == TODO)
+        return np.flatnonzero(self.state == PENDING)
 
     def write(
         self,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flowmo import FlowMo, generate, tokenize
 from flowmo.data import load_image, normalize
-from flowmo.data.tokens import TODO, UNREADABLE, TokenCache, TokenCacheError, layout_of, picture_views
+from flowmo.data.tokens import PENDING, UNREADABLE, TokenCache, TokenCacheError, layout_of, picture_views
 from flowmo.generator import Generator, NetworkConfig, quickstart
 from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig
 
@@ -81,7 +81,7 @@ def test_tokenize_goes_on_where_it_was_stopped(photos, tokenizer, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         run_tokenize(photos, tokenizer, tmp_path / "parts", "--batch", "4")
     cache = TokenCache(tmp_path / "parts", TokenCache.open(tmp_path / "whole").header)
-    assert (cache.state == TODO).sum() == 3
+    assert (cache.state == PENDING).sum() == 3
     monkeypatch.setattr(tokenize, "encode", lambda *a: calls.append(a[2].shape[0]) or encode(*a))
     run_tokenize(photos, tokenizer, tmp_path / "parts", "--batch", "4")
     assert calls == [1, 1, 2, 1] and "3 of them still to do" in capsys.readouterr().out
