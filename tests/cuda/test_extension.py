@@ -69,6 +69,11 @@ class TestPresent:
         with pytest.raises(ValueError, match="CUDA kernels need CUDA tensors; these lie on cpu"):
             _cuda.norm_modulate(torch.zeros(1, 2, 8), None, None)
 
+    @pytest.mark.gpu
+    def test_tensors_of_two_devices_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"one device; these lie on \['cpu', 'cuda:0'\]"):
+            _cuda.norm_modulate(torch.zeros(1, 2, 8, device="cuda"), torch.zeros(1, 8), torch.zeros(1, 8))
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a card")
     def test_a_refused_launch_gives_a_code_with_a_message(self) -> None:
         module = _ext.extension()

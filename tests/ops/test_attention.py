@@ -169,7 +169,7 @@ def test_automatic_choice_where_cudnn_is_refused() -> None:
 
 
 def test_rows_that_libraries_can_read(device: str) -> None:
-    """A joint buffer's views start on 16 bytes; slices of channels and narrow heads do not, and are copied on a card."""
+    """A joint buffer's views start on 16 bytes; slices of channels and narrow heads do not: copied on a card."""
     buffer = torch.zeros(2, 7, 3, 2, 24, dtype=torch.bfloat16, device=device)
     for view in (*buffer.unbind(2), buffer[:, 3:, 1], buffer.transpose(0, 1)[:, :, 0]):
         assert module.is_aligned(view) and module.readable(view) is view

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flowmo_kernels
-from flowmo_kernels import KernelUnavailableError, _dispatch, chosen, describe, use
+from flowmo_kernels import KernelUnavailableError, _dispatch, _library, chosen, describe, use
 from flowmo_kernels._triton import HAS_TRITON, INTERPRETED, cast, jit, tl
 
 from .oracle import random
@@ -116,6 +118,35 @@ def test_missing_implementations_are_errors_with_a_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     with pytest.raises(KernelUnavailableError, match="no CUDA device, and TRITON_INTERPRET=1 was not"), use("triton"):
         pass
+
+
+def test_ops_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, so that must be the one of the first tensor, in a list too."""
+    current = [0]
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(_library, "Tensor", SimpleNamespace)
+    first, second = (SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 1))
+    run = _library.on_device_of_inputs(lambda *args: current[0])
+    assert [run(first, 3), run(None, second, first), run([], [second], "triton"), current[0]] == [0, 1, 1, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_second_card() -> None:
+    x = random(2, 3, 64, device="cuda:1")
+    for implementation in ("triton", "cuda"):
+        if (_dispatch.why_no_triton if implementation == "triton" else _dispatch.why_no_cuda)() is None:
+            with use(implementation):
+                got = flowmo_kernels.norm_modulate(x)
+            torch.testing.assert_close(got, flowmo_kernels.norm_modulate_ref(x))
 
 
 def test_unknown_names() -> None:

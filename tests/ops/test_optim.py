@@ -129,6 +129,15 @@ def test_unaligned_weights(implementation: str, device: str) -> None:
     assert torch.equal(buffers[1][:1], random(401, device=device, seed=1)[:1])
 
 
+def test_default_device_does_not_matter() -> None:
+    """Tables of pointers are made on the CPU, where they can be pinned, whatever tensors are made on by default."""
+    module._table.cache_clear()
+    module._chunks.cache_clear()
+    with torch.device("meta"):
+        assert module._table(((1, 2, 3, 4, 5, 6),), torch.device("cpu")).tolist() == [[1, 2, 3, 4, 5, 6]]
+        assert module._chunks(((3, 2),), False, 4, torch.device("cpu"))[0].tolist() == [[0, 0, 4], [0, 4, 2]]
+
+
 def test_empty_list(implementation: str) -> None:
     with use(implementation):
         hold_norms_([], [])

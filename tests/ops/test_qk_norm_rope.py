@@ -88,6 +88,20 @@ def test_in_place(dtype: torch.dtype, implementation: str, device: str) -> None:
     assert torch.equal(got[:, :, 2], qkv[:, :, 2]) and (buffer[:, :, :, 3] == 7).all()
 
 
+def test_gains_of_two_dtypes(implementation: str, device: str) -> None:
+    """Gradients come back in the dtype of each; the numbers are exact in both."""
+    (qkv, q, k), rope, split = make((1, 5, 2, 8, 2), 2, torch.float32, device=device)
+    leaves = [t.detach().requires_grad_() for t in (q, k.bfloat16())]
+    results = []
+    for name in (implementation, "ref"):
+        with use(name):
+            y = qk_norm_rope(qkv, *leaves, rope, split=split)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert [t.dtype for t in results[0]] == [torch.float32, torch.float32, torch.bfloat16]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 def test_expanded_gradient(device: str) -> None:
     """An upstream gradient of one number, with stride 0 along every axis."""
     (qkv, q, k), rope, split = make((1, 5, 2, 8, 2), 2, torch.float32, device=device)
