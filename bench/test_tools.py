@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ops, tune
-from bench.cases import CARD, CPU, cases
+from bench import first, ops, tune
+from bench.cases import CARD, CPU, cases, tensors
 from bench.timing import environment, percentiles, time_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,23 @@ def test_rows_carry_card_versions_and_commit() -> None:
     found = environment()
     assert {"card", "driver", "torch", "cuda", "triton", "commit"} == set(found) and found["torch"] == torch.__version__
     assert set(found) <= set(ops.FIELDS)
+
+
+def test_first_questions_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every probe once, on the CPU and small: inputs fit calls, and both layouts give the same attention."""
+    monkeypatch.setattr(first, "DEVICE", "cpu")
+    monkeypatch.setattr(first, "BACKENDS", ("math",))
+    monkeypatch.setattr(first, "LENGTH", 8)
+    monkeypatch.setattr(first, "SHAPES", {"fc1": (16, 64), "fc2": (64, 16)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    probes = [*first.attention_probes((1, 8)), *first.linear_probes((5,))]
+    assert len(probes) == 2 * 2 * 2 + 2 + 5
+    for probe in probes:
+        inputs = probe.make()
+        assert all(torch.isfinite(t).all() for t in tensors(probe.call(*inputs))), probe.name
+        sequence = "sequence" in probe.shape
+        if probe.kind.startswith("attention") and "B=8" in probe.shape:
+            assert (inputs[0].stride(0) < inputs[0].stride(1)) == sequence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no card")
