@@ -1,18 +1,10 @@
-"""Pictures to token files, or a data set to the token cache of Stage 2: python -m flowmo.tokenize DATA --out OUT
-
-A token file for each picture, of any size, in overlapping tiles (python -m flowmo.detokenize brings them back):
-
-    python -m flowmo.tokenize photo.jpg --out photo.flowmo                 with the small weights that come along
-    python -m flowmo.tokenize photo.jpg --out photo.flowmo --checkpoint flowmo_lo.pth --size 256
-    python -m flowmo.tokenize photos/ --files --out tokens/ --checkpoint flowmo_lo.pth
-
-A token cache, made once:
+"""Encode a data set once, for Stage 2: python -m flowmo.tokenize DATA --checkpoint C --out tokens/
 
     python -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
     python -m flowmo.tokenize photos/ --checkpoint runs/lo --out tokens/ --crop ten-crop
     torchrun --nproc-per-node 8 -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
 
-There DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
+DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -32,15 +24,9 @@ from tqdm import tqdm
 
 import flowmo_kernels
 from flowmo import FlowMo, cli
-from flowmo.data import (
-    ImageFolder,
-    ImageReadError,
-    center_crop,
-    load_image,
-    normalize,
-    resize_shorter,
-    to_tensor,
-)
+from flowmo.data import ArchiveImages, ImageFolder, ImageReadError, normalize
+from flowmo.data.archive import find_archives
+from flowmo.data.folder import Pictures
 from flowmo.data.tokens import (
     CROPS,
     GROUPINGS,
@@ -51,10 +37,6 @@ from flowmo.data.tokens import (
     layout_of,
     picture_views,
 )
-from flowmo.format import SUFFIX, TokenFile
-from flowmo.pretrained import shipped_weights
-from flowmo.reconstruct import collect, output_names
-from flowmo.tiles import encode_tiles, grid_for
 from flowmo.training.loop import resolve_device
 
 
@@ -62,10 +44,6 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: expected at least 1 view")
-    if options.files or options.out.suffix == SUFFIX or Path(options.data).is_file():
-        return write_files(options)
-    if options.checkpoint is None:
-        raise ValueError("a token cache needs --checkpoint: name the tokenizer that Stage 2 will use")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(options.device)
     if world > 1:
@@ -85,7 +63,7 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world: int
     model = FlowMo.from_pretrained(options.checkpoint, dtype=torch.float32)
     layout = layout_of(model, options.grouping)
     model.to(device, dtype)
-    folder = ImageFolder(options.data, model.config.image_size, crop="center", check_headers=False)
+    folder = open_pictures(options.data, model.config.image_size, options.index)
     header = TokenHeader(
         layout=layout,
         pictures=len(folder),
@@ -154,7 +132,7 @@ def encode(
 class PictureViews(Dataset[tuple[int, Tensor | str]]):
     """(index, its views [W, 3, S, S] uint8, or why it cannot be read), for some pictures of a folder."""
 
-    def __init__(self, folder: ImageFolder, indices: Sequence[int], crop: str) -> None:
+    def __init__(self, folder: Pictures, indices: Sequence[int], crop: str) -> None:
         self.folder, self.indices, self.crop = folder, indices, crop
 
     def __len__(self) -> int:
@@ -163,7 +141,7 @@ class PictureViews(Dataset[tuple[int, Tensor | str]]):
     def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
         index = int(self.indices[place])
         try:
-            return index, picture_views(load_image(self.folder.paths[index]), self.folder.image_size, self.crop)
+            return index, picture_views(self.folder.read(index), self.folder.image_size, self.crop)
         except (ImageReadError, OSError) as error:
             return index, error.reason if isinstance(error, ImageReadError) else str(error)
 
@@ -179,92 +157,42 @@ def collate(items: list[tuple[int, Tensor | str]]) -> Batch:
     return [index for index, _ in good], views, failed
 
 
-def view_batches(folder: ImageFolder, indices: Sequence[int], options: argparse.Namespace) -> Iterator[Batch]:
+def view_batches(folder: Pictures, indices: Sequence[int], options: argparse.Namespace) -> Iterator[Batch]:
     pictures = max(1, options.batch // CROPS[options.crop])
     data = PictureViews(folder, indices, options.crop)
     loader = DataLoader(data, pictures, num_workers=options.workers, collate_fn=collate, generator=torch.Generator())
     return iter(loader)
 
 
-def list_fingerprint(folder: ImageFolder) -> str:
+def open_pictures(source: str, size: int, index: Path | None) -> Pictures:
+    """The pictures of a folder, or of tar archives: one, a folder of them, or a pattern."""
+    if find_archives(source):
+        return ArchiveImages(source, size, index=index, crop="center")
+    if index is not None:
+        raise ValueError(f"--index {index} is of tar archives, and {source} names none")
+    return ImageFolder(source, size, crop="center", check_headers=False)
+
+
+def list_fingerprint(folder: Pictures) -> str:
     """sha256 of the pictures' names and labels: the cache knows them by number alone."""
-    root = folder.root if folder.root.is_dir() else folder.root.parent
-    names = [f"{Path(p).relative_to(root).as_posix()} {label}" for p, label in zip(folder.paths, folder.labels)]
+    if isinstance(folder, ImageFolder):
+        root = folder.root if folder.root.is_dir() else folder.root.parent
+        paths = [Path(p).relative_to(root).as_posix() for p in folder.paths]
+    else:
+        paths = list(folder.paths)
+    names = [f"{path} {label}" for path, label in zip(paths, folder.labels)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def write_files(options: argparse.Namespace) -> int:
-    """A token file for each picture; 1 where some could not be read."""
-    model = open_model(options.checkpoint, options.device, "fp32")
-    layout = layout_of(model)
-    if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
-        model.to(torch.bfloat16)
-    inputs = collect([options.data])
-    if not inputs:
-        raise FileNotFoundError(f"{options.data}: no pictures in this folder")
-    names = {path: name.with_suffix(SUFFIX) for path, name in output_names(inputs).items()}
-    if len(set(names.values())) < len(names):  # pictures that differ in their endings alone
-        names = {path: relative.with_name(relative.name + SUFFIX) for path, relative in inputs}
-    one = len(inputs) == 1 and options.out.suffix == SUFFIX
-    if options.out.suffix == SUFFIX and not one:
-        raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")
-    print(
-        f"{len(inputs)} pictures, tokenizer {layout.tokenizer[:12]}, {layout.tokens} tokens of {layout.bits} bits to a "
-        f"tile of {model.config.image_size}, on {model.device}; {flowmo_kernels.describe()}",
-        flush=True,
-    )
-    failed = 0
-    for path, _ in inputs:
-        try:
-            picture = load_image(path)
-        except ImageReadError as error:
-            if one:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        if options.size:
-            picture = center_crop(resize_shorter(picture, options.size), options.size)
-        grid = grid_for(model, picture.height, picture.width, options.overlap)
-        codes = encode_tiles(model, to_tensor(picture), grid, options.batch)
-        file = TokenFile.pack(grid, codes, layout)
-        out = file.write(options.out if one else options.out / names[path])
-        print(
-            f"{path}  {grid.width} x {grid.height}, {grid.count} tiles, {len(file.payload):,} bytes of tokens, "
-            f"{file.bits_per_pixel:.4f} bits per pixel  -> {out}",
-            flush=True,
-        )
-    return 1 if failed else 0
-
-
-def open_model(checkpoint: str | None, device: str, precision: str) -> FlowMo:
-    """The model of a command's options; without a checkpoint, the small weights that come along.
-
-    Raises:
-        FileNotFoundError: no checkpoint named, and none shipped.
-    """
-    if checkpoint is None:
-        shipped = shipped_weights("quickstart")
-        if shipped is None:
-            raise FileNotFoundError("this copy of flowmo ships no weights; name a model with --checkpoint")
-        print("no --checkpoint: using the small quickstart weights, which are no quality benchmark")
-        checkpoint = str(shipped)
-    place = resolve_device(device)
-    fast = precision == "bf16" or (precision == "auto" and place.type == "cuda")
-    return FlowMo.from_pretrained(checkpoint, device=place, dtype=torch.bfloat16 if fast else torch.float32)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m flowmo.tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("data", metavar="DATA", help="a picture, or a folder; for a cache, with one sub-folder to a class")
-    p.add_argument("--checkpoint", help="the tokenizer: released .pth, model folder or run; a cache needs it named")
-    p.add_argument("--out", required=True, type=Path, help="a .flowmo file, a folder of them, or that of the cache")
-    p.add_argument("--files", action="store_true", help="of a folder, a .flowmo file for each picture, and no cache")
-    p.add_argument("--size", type=int, help="files: scale and crop to a square of this side first; default: as it is")
-    p.add_argument("--overlap", type=int, help="files: pixels that tiles overlap by; default: a quarter of a tile")
+    p.add_argument("data", metavar="DATA", help="folder with one sub-folder of pictures to a class")
+    p.add_argument("--checkpoint", required=True, help="the tokenizer: released .pth, model folder or run")
+    p.add_argument("--out", required=True, type=Path, help="folder of the token cache")
     p.add_argument("--crop", default="center+flip", choices=tuple(CROPS), help="the views of a picture")
+    p.add_argument("--index", type=Path, help="of a tar archive, as python -m flowmo.data.index writes it")
     p.add_argument("--grouping", default="parity", choices=GROUPINGS, help="channels of a token")
     p.add_argument("--batch", type=int, default=64, help="views at once")
     p.add_argument("--workers", type=int, default=0, help="processes that read pictures")

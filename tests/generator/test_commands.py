@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,18 @@ def test_the_cache_holds_the_tokens_of_the_views(photos, tokenizer, tmp_path, ca
         assert torch.equal(tokens, model.tokenize(views))
     said = capsys.readouterr()
     assert "broken.png" in said.err and "1 could not be read" in said.out and "7 pictures x 2 views" in said.out
+
+
+def test_pictures_in_an_archive_give_the_same_cache(photos, tokenizer, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(photos, arcname=".")
+    run_tokenize(photos, tokenizer, tmp_path / "folder")
+    run_tokenize(tmp_path / "photos.tar", tokenizer, tmp_path / "archive")
+    folder, archive = TokenCache.open(tmp_path / "folder"), TokenCache.open(tmp_path / "archive")
+    assert archive.header.classes == ["birds", "cats"] and np.array_equal(archive.labels, folder.labels)
+    assert np.array_equal(archive.packed, folder.packed)
+    with pytest.raises(ValueError, match="names none"):
+        run_tokenize(photos, tokenizer, tmp_path / "other", "--index", "index.json")
 
 
 def test_tokenize_goes_on_where_it_was_stopped(photos, tokenizer, tmp_path, monkeypatch, capsys):
