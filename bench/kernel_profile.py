@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "profile.csv")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--skip", nargs="*", default=[], help="providers to leave out, such as compile")
     parser.add_argument("--trace", type=Path, help="folder for Chrome traces")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -46,9 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             inputs = case.make("cuda")
             for provider, call in providers(case):
-                for _ in range(3):
-                    call(*inputs)
-                torch.cuda.synchronize()
+                if provider in options.skip:
+                    continue
+                try:
+                    for _ in range(3):
+                        call(*inputs)
+                    torch.cuda.synchronize()
+                except Exception as error:  # Triton's and the compilers' errors have no common base
+                    print(f"    {provider} failed: {(str(error) or repr(error)).splitlines()[0][:120]}")
+                    continue
                 with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
                     for _ in range(CALLS):
                         call(*inputs)
