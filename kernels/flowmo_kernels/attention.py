@@ -43,7 +43,9 @@ def readable(x: Tensor) -> Tensor:
     A row at another place ends in a misaligned access, which ends the process's use of the card.  Views of the joint
     buffers of a model are aligned and come back as they are.
     """
-    return x.contiguous() if x.is_cuda and not is_aligned(x) else x
+    if torch.compiler.is_compiling() or not x.is_cuda:  # a compiler sees to it by itself, and cannot trace the question
+        return x
+    return x if is_aligned(x) else x.contiguous()
 
 
 def is_aligned(x: Tensor) -> bool:
