@@ -2,6 +2,7 @@
 
 python -m flowmo.reconstruct photo.jpg                       with the small weights that come along
 python -m flowmo.reconstruct photos/ --checkpoint flowmo_lo.pth --out reconstructions
+python -m flowmo.reconstruct photos/ --checkpoint flowmo_lo.pth --any-size    whole, in overlapping tiles, no seams
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flowmo import FlowMo, cli
 from flowmo.data import ImageReadError, center_crop, find_images, load_image, resize_shorter, save_png, to_tensor
 from flowmo.metrics import psnr
 from flowmo.pretrained import shipped_weights
-from flowmo.tiles import reconstruct_tiled
+from flowmo.tiles import reconstruct_blended, reconstruct_tiled
 from flowmo.training.loop import resolve_device
 
 SMALLEST_SIDE = 128  # models of smaller pictures work in tiles
@@ -28,6 +29,8 @@ SMALLEST_SIDE = 128  # models of smaller pictures work in tiles
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.any_size and options.size:
+        raise ValueError("--any-size and --size: expected one of them")
     if options.checkpoint is None:
         options.checkpoint = shipped_weights("quickstart")
         if options.checkpoint is None:
@@ -43,23 +46,22 @@ def main(arguments: list[str]) -> int:
     if side % model.config.image_size:
         raise ValueError(f"--size {side}: expected a multiple of the model's {model.config.image_size} pixels")
     inputs = collect(options.inputs)
+    what = "in overlapping tiles" if options.any_size else f"at {side} x {side}"
     print(
-        f"{len(inputs)} pictures at {side} x {side}, {model.config.bits_per_pixel:.4f} bits per pixel, on {device}; "
-        f"{flowmo_kernels.describe()}"
+        f"{len(inputs)} pictures {what}, {model.config.bits_per_pixel:.4f} bits per pixel"
+        f"{' of a tile' if options.any_size else ''}, on {device}; {flowmo_kernels.describe()}"
     )
     names = output_names(inputs)
     scores: list[float] = []
     bar = tqdm(total=len(inputs), unit="picture", disable=not sys.stderr.isatty())
-    for paths, images in batches(inputs, side, options.batch):
-        generator = torch.Generator().manual_seed(options.seed)
-        out = reconstruct_tiled(
-            model,
-            images.to(device),
-            steps=options.steps,
-            rho=options.rho,
-            guidance=options.guidance,
-            generator=generator,
-        ).cpu()
+    sampler = {"steps": options.steps, "rho": options.rho, "guidance": options.guidance}
+    for paths, images in batches(inputs, None, 1) if options.any_size else batches(inputs, side, options.batch):
+        if options.any_size:
+            parts = reconstruct_blended(model, list(images), batch=options.batch, seed=options.seed, **sampler)
+            out = torch.stack(parts).cpu()
+        else:
+            generator = torch.Generator().manual_seed(options.seed)
+            out = reconstruct_tiled(model, images.to(device), generator=generator, **sampler).cpu()
         for path, picture, score in zip(paths, out, psnr(out, images)):
             save_png(picture, options.out / names[path])
             scores.append(float(score))
@@ -82,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNG files")
     p.add_argument("--size", type=int, help="side in pixels, a multiple of the model's; larger ones go in tiles")
-    p.add_argument("--batch", type=int, default=8, help="pictures at once")
+    p.add_argument("--any-size", action="store_true", help="pictures as they are, in overlapping tiles decoded jointly")
+    p.add_argument("--batch", type=int, default=8, help="pictures at once; with --any-size, tiles")
     p.add_argument("--steps", type=int, default=25, help="Euler steps")
     p.add_argument("--rho", type=float, default=4.0, help="time spacing; 1 is even")
     p.add_argument("--guidance", type=float, default=1.5, help="guidance weight; 1 is off")
@@ -116,13 +119,17 @@ def output_names(inputs: list[tuple[Path, Path]]) -> dict[Path, Path]:
     return names
 
 
-def batches(inputs: list[tuple[Path, Path]], side: int, batch: int) -> Iterator[tuple[list[Path], Tensor]]:
-    """Batches of readable pictures [n, 3, side, side]; unreadable ones are named and passed over."""
+def batches(inputs: list[tuple[Path, Path]], side: int | None, batch: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of readable pictures [n, 3, side, side], or of their own sizes (one at a time) where `side` is None.
+
+    Unreadable ones are named and passed over.
+    """
     paths: list[Path] = []
     images: list[Tensor] = []
     for path, _ in inputs:
         try:
-            images.append(to_tensor(center_crop(resize_shorter(load_image(path), side), side)))
+            picture = load_image(path)
+            images.append(to_tensor(center_crop(resize_shorter(picture, side), side) if side else picture))
         except ImageReadError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             continue

@@ -1,16 +1,25 @@
-"""Encode a data set once, for Stage 2: python -m flowmo.tokenize DATA --checkpoint C --out tokens/
+"""Pictures to token files, or a data set to the token cache of Stage 2: python -m flowmo.tokenize DATA --out OUT
+
+A token file for each picture, of any size, in overlapping tiles (python -m flowmo.detokenize brings them back):
+
+    python -m flowmo.tokenize photo.jpg --out photo.flowmo                 with the small weights that come along
+    python -m flowmo.tokenize photo.jpg --out photo.flowmo --checkpoint flowmo_lo.pth --size 256
+    python -m flowmo.tokenize photos/ --files --out tokens/ --checkpoint flowmo_lo.pth
+
+A token cache, made once:
 
     python -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
     python -m flowmo.tokenize photos/ --checkpoint runs/lo --out tokens/ --crop ten-crop
     torchrun --nproc-per-node 8 -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
 
-DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
+There DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +33,16 @@ from tqdm import tqdm
 
 import flowmo_kernels
 from flowmo import FlowMo, cli
-from flowmo.data import ArchiveImages, ImageFolder, ImageReadError, normalize
+from flowmo.data import (
+    ArchiveImages,
+    ImageFolder,
+    ImageReadError,
+    center_crop,
+    load_image,
+    normalize,
+    resize_shorter,
+    to_tensor,
+)
 from flowmo.data.archive import find_archives
 from flowmo.data.folder import Pictures
 from flowmo.data.tokens import (
@@ -37,6 +55,10 @@ from flowmo.data.tokens import (
     layout_of,
     picture_views,
 )
+from flowmo.format import SUFFIX, TokenFile
+from flowmo.pretrained import shipped_weights
+from flowmo.reconstruct import collect, output_names
+from flowmo.tiles import encode_tiles, grid_for
 from flowmo.training.loop import resolve_device
 
 
@@ -44,6 +66,13 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: expected at least 1 view")
+    archives = bool(find_archives(options.data))
+    if not archives and not Path(options.data).exists():
+        raise FileNotFoundError(f"no such file or folder: {options.data}")
+    if options.files or options.out.suffix == SUFFIX or (Path(options.data).is_file() and not archives):
+        return write_files(options)
+    if options.checkpoint is None:
+        raise ValueError("a token cache needs --checkpoint: name the tokenizer that Stage 2 will use")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(options.device)
     if world > 1:
@@ -184,13 +213,78 @@ def list_fingerprint(folder: Pictures) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
+def write_files(options: argparse.Namespace) -> int:
+    """A token file for each picture; 1 where some could not be read."""
+    logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every picture size may make a plan
+    model = open_model(options.checkpoint, options.device, "fp32")
+    layout = layout_of(model)
+    if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
+        model.to(torch.bfloat16)
+    inputs = collect([options.data])
+    if not inputs:
+        raise FileNotFoundError(f"{options.data}: no pictures in this folder")
+    names = {path: name.with_suffix(SUFFIX) for path, name in output_names(inputs).items()}
+    if len(set(names.values())) < len(names):  # pictures that differ in their endings alone
+        names = {path: relative.with_name(relative.name + SUFFIX) for path, relative in inputs}
+    one = len(inputs) == 1 and options.out.suffix == SUFFIX
+    if options.out.suffix == SUFFIX and not one:
+        raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")
+    print(
+        f"{len(inputs)} pictures, tokenizer {layout.tokenizer[:12]}, {layout.tokens} tokens of {layout.bits} bits to a "
+        f"tile of {model.config.image_size}, on {model.device}; {flowmo_kernels.describe()}",
+        flush=True,
+    )
+    failed = 0
+    for path, _ in inputs:
+        try:
+            picture = load_image(path)
+        except ImageReadError as error:
+            if one:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        if options.size:
+            picture = center_crop(resize_shorter(picture, options.size), options.size)
+        grid = grid_for(model, picture.height, picture.width, options.overlap)
+        codes = encode_tiles(model, to_tensor(picture), grid, options.batch)
+        file = TokenFile.pack(grid, codes, layout)
+        out = file.write(options.out if one else options.out / names[path])
+        print(
+            f"{path}  {grid.width} x {grid.height}, {grid.count} tiles, {len(file.payload):,} bytes of tokens, "
+            f"{file.bits_per_pixel:.4f} bits per pixel  -> {out}",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+def open_model(checkpoint: str | None, device: str, precision: str) -> FlowMo:
+    """The model of a command's options; without a checkpoint, the small weights that come along.
+
+    Raises:
+        FileNotFoundError: no checkpoint named, and none shipped.
+    """
+    if checkpoint is None:
+        shipped = shipped_weights("quickstart")
+        if shipped is None:
+            raise FileNotFoundError("this copy of flowmo ships no weights; name a model with --checkpoint")
+        print("no --checkpoint: using the small quickstart weights, which are no quality benchmark")
+        checkpoint = str(shipped)
+    place = resolve_device(device)
+    fast = precision == "bf16" or (precision == "auto" and place.type == "cuda")
+    return FlowMo.from_pretrained(checkpoint, device=place, dtype=torch.bfloat16 if fast else torch.float32)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m flowmo.tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("data", metavar="DATA", help="folder with one sub-folder of pictures to a class")
-    p.add_argument("--checkpoint", required=True, help="the tokenizer: released .pth, model folder or run")
-    p.add_argument("--out", required=True, type=Path, help="folder of the token cache")
+    p.add_argument("data", metavar="DATA", help="a picture, or a folder; for a cache, with one sub-folder to a class")
+    p.add_argument("--checkpoint", help="the tokenizer: released .pth, model folder or run; a cache needs it named")
+    p.add_argument("--out", required=True, type=Path, help="a .flowmo file, a folder of them, or that of the cache")
+    p.add_argument("--files", action="store_true", help="of a folder, a .flowmo file for each picture, and no cache")
+    p.add_argument("--size", type=int, help="files: scale and crop to a square of this side first; default: as it is")
+    p.add_argument("--overlap", type=int, help="files: pixels that tiles overlap by; default: a quarter of a tile")
     p.add_argument("--crop", default="center+flip", choices=tuple(CROPS), help="the views of a picture")
     p.add_argument("--index", type=Path, help="of a tar archive, as python -m flowmo.data.index writes it")
     p.add_argument("--grouping", default="parity", choices=GROUPINGS, help="channels of a token")

@@ -1,0 +1,213 @@
+"""Token files: what is written is read, byte for byte as documented, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import tracemalloc
+import zlib
+
+import pytest
+import torch
+
+from flowmo.data.tokens import TokenLayout, layout_of
+from flowmo.format import HEADER, TokenFile, TokenFileError
+from flowmo.tiles import TileGrid
+
+LO = TokenLayout(512, 9, 18, tokenizer="ab" * 32)
+HI = TokenLayout(1024, 14, 56, tokenizer="cd" * 32)
+SMALL = TokenLayout(2, 9, 18, tokenizer="ef" * 32)
+
+
+def codes_for(grid: TileGrid, layout: TokenLayout, seed: int = 0) -> torch.Tensor:
+    shape = grid.count, layout.tokens * layout.bits // layout.channels, layout.channels
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+def small_file(width: int = 6, height: int = 4) -> TokenFile:
+    grid = TileGrid(height, width, 4, 1)
+    return TokenFile.pack(grid, codes_for(grid, SMALL), SMALL)
+
+
+@pytest.mark.parametrize(("layout", "payload"), [(LO, 576), (HI, 1792)], ids=["lo", "hi"])
+@pytest.mark.parametrize(("width", "height", "tiles"), [(256, 256, 1), (640, 427, 6), (512, 512, 9), (100, 300, 2)])
+def test_round_trip(tmp_path, layout, payload, width, height, tiles):
+    grid = TileGrid(height, width, 256, 64)
+    codes = codes_for(grid, layout)
+    file = TokenFile.pack(grid, codes, layout)
+    assert len(file.payload) == tiles * payload
+    path = file.write(tmp_path / "new" / "photo.flowmo")
+    assert path.stat().st_size == tiles * payload + 68
+    back = TokenFile.read(path)
+    assert back == file and back.grid == grid and back.tokenizer == layout.tokenizer
+    assert torch.equal(back.codes(layout).float(), codes)
+
+
+def test_bytes_are_those_of_the_description():
+    file = small_file()
+    codes = codes_for(file.grid, SMALL)
+    payload = b""
+    for tile in codes.tolist():
+        stream = [int(tile[0][k * 2 + f] > 0) for f in range(2) for k in range(9)]
+        stream += [0] * 6
+        payload += bytes(sum(bit << j for j, bit in enumerate(stream[i : i + 8])) for i in range(0, 24, 8))
+    body = b"\x89FlowMo\n" + struct.pack("<HHIIIII", 1, 9, 6, 4, 4, 1, 2) + b"\xef" * 32 + payload
+    assert len(codes) == 2 and file.to_bytes() == body + struct.pack("<I", zlib.crc32(body))
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed():
+    data = small_file().to_bytes()
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(TokenFileError):
+            TokenFile.from_bytes(bytes(damaged))
+    for length in range(len(data)):
+        with pytest.raises(TokenFileError, match="no FlowMo token file" if length == 0 else "cut short"):
+            TokenFile.from_bytes(data[:length])
+    with pytest.raises(TokenFileError, match="too long"):
+        TokenFile.from_bytes(data + b"\0")
+
+
+def sealed(head: bytes, payload: bytes) -> bytes:
+    return head + payload + struct.pack("<I", zlib.crc32(head + payload))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"magic": b"\x89PNG\r\n\x1a\n"}, "no FlowMo token file"),
+        ({"version": 2}, "format version 2"),
+        ({"width": 0}, "hostile"),
+        ({"width": 2**32 - 1, "height": 2**32 - 1}, "hostile"),
+        ({"width": 65535, "height": 65535}, "hostile"),
+        ({"width": 16384, "height": 16384, "tile": 1, "overlap": 0}, "cut short"),
+        ({"tile": 0, "overlap": 0}, "hostile"),
+        ({"overlap": 3}, "hostile"),
+        ({"tokens": 0}, "hostile"),
+        ({"tokens": 2**32 - 1}, "hostile"),
+        ({"bits": 0}, "hostile"),
+        ({"bits": 33}, "hostile"),
+    ],
+)  # fmt: skip
+def test_hostile_headers_with_good_checksums(tmp_path, change, words):
+    file = small_file()
+    fields = dict(magic=b"\x89FlowMo\n", version=1, bits=9, width=6, height=4, tile=4, overlap=1, tokens=2)
+    head = HEADER.pack(*{**fields, **change}.values(), b"\0" * 32)
+    (tmp_path / "hostile.flowmo").write_bytes(sealed(head, file.payload))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenFileError, match=words) as caught:
+            TokenFile.read(tmp_path / "hostile.flowmo")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "hostile.flowmo" in str(caught.value) and "\n" not in str(caught.value)
+    assert peak < 2**20  # of the gigabytes that some of these speak of
+
+
+def test_a_huge_file_is_not_read_for_its_header(tmp_path):
+    path = tmp_path / "sparse.flowmo"
+    with open(path, "wb") as file:
+        file.write(small_file().to_bytes())
+        file.truncate(2**33)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenFileError, match="too long"):
+            TokenFile.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_fuzz_100000_files():
+    """Random bytes, mutations, and mutations whose checksum is right again: a file or TokenFileError, nothing else."""
+    rng = random.Random(0)
+    data = small_file().to_bytes()
+    accepted = 0
+    for i in range(100_000):
+        kind = i % 4
+        if kind == 0:  # random bytes, half of them behind a good magic
+            fuzzed = data[: 8 * (i & 4 == 0)] + rng.randbytes(rng.randrange(160))
+        else:
+            changed = bytearray(data)
+            for _ in range(rng.randrange(1, 4)):
+                place = rng.randrange(len(changed))
+                changed[place] = rng.choice((0, 1, 0xFF, rng.randrange(256)))
+            if kind == 2:  # cut, or with a part of it once more
+                a, b = sorted((rng.randrange(len(changed)), rng.randrange(len(changed))))
+                changed[a:b] = changed[a:b] * rng.randrange(3)
+            if kind == 3:
+                changed[-4:] = struct.pack("<I", zlib.crc32(changed[:-4]))
+            fuzzed = bytes(changed)
+        try:
+            file = TokenFile.from_bytes(fuzzed)
+        except TokenFileError:
+            continue
+        accepted += 1
+        assert len(file.payload) == len(fuzzed) - 68 == file.grid.count * file.tile_bytes
+        assert file.to_bytes() == fuzzed
+        if accepted % 97 == 0:
+            layout = TokenLayout(file.tokens, file.bits, file.bits)  # the channels are the model's, not the file's
+            codes = file.codes(layout)
+            assert codes.shape == (file.grid.count, file.tokens, file.bits) and bool((codes.abs() == 1).all())
+    assert accepted > 1000  # the checksum did not hide the rest from the test
+
+
+def test_fuzzed_files_take_bounded_memory():
+    rng = random.Random(1)
+    data = bytearray(small_file().to_bytes())
+    tracemalloc.start()
+    try:
+        for _ in range(3000):
+            changed = data[:]
+            changed[8:32] = rng.randbytes(24)
+            changed[8:10] = b"\1\0"
+            changed[-4:] = struct.pack("<I", zlib.crc32(changed[:-4]))
+            with pytest.raises(TokenFileError):
+                TokenFile.from_bytes(bytes(changed))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_not_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        TokenFile.read(tmp_path / "nowhere.flowmo")
+    with pytest.raises(TokenFileError, match="not a regular file"):
+        TokenFile.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.flowmo")
+    with pytest.raises(TokenFileError, match="not a regular file"):
+        TokenFile.read(tmp_path / "pipe.flowmo")
+    (tmp_path / "empty.flowmo").touch()
+    with pytest.raises(TokenFileError, match="no FlowMo token file"):
+        TokenFile.read(tmp_path / "empty.flowmo")
+
+
+def test_pictures_beyond_the_format_are_refused():
+    with pytest.raises(ValueError, match="scale it down"):
+        grid = TileGrid(2, 70_000, 70_000, 0)
+        TokenFile.pack(grid, codes_for(grid, SMALL), SMALL)
+    with pytest.raises(ValueError, match="expected those of 2 tiles"):
+        TokenFile.pack(TileGrid(4, 6, 4, 1), codes_for(TileGrid(4, 4, 4, 1), SMALL), SMALL)
+    with pytest.raises(ValueError, match="fingerprint"):
+        TokenFile.pack(TileGrid(4, 4, 4, 1), codes_for(TileGrid(4, 4, 4, 1), SMALL), TokenLayout(2, 9, 18))
+
+
+def test_files_of_another_model_are_refused(tiny):
+    layout = layout_of(tiny)
+    grid = TileGrid(32, 40, 32, 8)
+    file = TokenFile.pack(grid, codes_for(grid, layout), layout)
+    file.check(tiny, layout)
+    for name, other in {
+        "tiles of 16": TokenFile.pack(TileGrid(16, 16, 16, 4), codes_for(TileGrid(16, 16, 16, 4), layout), layout),
+        "2 tokens a tile": TokenFile.pack(grid, codes_for(grid, SMALL), SMALL),
+        "tokens of 14 bits": TokenFile.pack(grid, codes_for(grid, HI), TokenLayout(32, 14, 56, tokenizer="cd" * 32)),
+    }.items():
+        with pytest.raises(TokenFileError, match=name):
+            other.check(tiny, layout)
+    foreign = TokenFile(**{**vars(file), "tokenizer": "00" * 32})
+    with pytest.raises(TokenFileError, match="made by tokenizer 000000000000"):
+        foreign.check(tiny, layout, "photo.flowmo")
+    foreign.check(tiny, layout, any_tokenizer=True)
