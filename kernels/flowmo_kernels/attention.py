@@ -28,6 +28,7 @@ BACKENDS = ("auto", "fa3", "fa2", "xformers", "cudnn", "flash", "efficient", "ma
 _PACKAGES = {
     name: find_spec(name) is not None for name in ("flash_attn_interface", "flash_attn", "xformers")
 }
+_HAS_CUDNN = torch.backends.cudnn.is_available()  # asked here since torch.compile cannot trace the question
 _HALF = (torch.float16, torch.bfloat16)
 _SDP = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -102,7 +103,7 @@ def why_not(backend: str, q: Tensor) -> str | None:
         return f"it takes heads of at most 256 channels in multiples of 8, not {d}"
     if backend == "fa3" and major != 9:
         return f"FlashAttention-3 needs compute capability 9 (Hopper); this device has {major}"
-    if backend == "cudnn" and not (torch.backends.cudnn.is_available() and major >= 8):
+    if backend == "cudnn" and not (_HAS_CUDNN and major >= 8):
         return "it needs cuDNN and compute capability 8 or newer"
     if backend in ("fa2", "flash") and major < 8:
         return f"FlashAttention-2 needs compute capability 8 or newer; this device has {major}"
