@@ -221,6 +221,8 @@ class Trainer:
         log = RunLog(self.run, t.steps, self.step, self.config) if self.processes.first else None
         if log:
             log.note(self.describe())
+        if self.step == 0 and self.heldout_due:
+            self._measure(log)  # what training starts from, which it has to beat
         window: list[dict[str, Tensor]] = []
         started = time.perf_counter()
         saved_at = self.step

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.data.folder import ImageFolder
-from flowmo.data.loader import TrainingBatches, build_data, epoch_order
+from flowmo.data.loader import TooManyFailures, TrainingBatches, build_data, epoch_order
 from flowmo.data.samples import CropSampler
 
 
@@ -69,6 +69,42 @@ def test_continuation_is_exact_with_and_without_workers(folder: Path, workers: i
     assert all(torch.equal(a, b) for a, b in zip(take(second, 3), straight[3:]))
     third = TrainingBatches(ImageFolder(folder, 16, seed=1), 2, 1, start_position=12)
     assert torch.equal(torch.cat(take(third, 2)), straight[3])
+
+
+@pytest.mark.parametrize("kind", ["folder", "photographs"])
+def test_processes_take_the_batches_of_one_stream_in_turn(folder: Path, kind: str) -> None:
+    def make(batch: int, **options: int) -> TrainingBatches | CropSampler:
+        if kind == "folder":
+            return TrainingBatches(ImageFolder(folder, 16, seed=1), batch, 1, **options)
+        return CropSampler([Image.open(folder / f"{i}.png") for i in range(7)], 16, batch, 1, **options)
+
+    alone = make(2)
+    straight = [next(alone) for _ in range(6)]
+    ranks = [make(2, rank=r, world=2) for r in range(2)]
+    shared = [next(ranks[i % 2]) for i in range(6)]
+    assert all(torch.equal(a, b) for a, b in zip(straight, shared))
+    state = ranks[0].state_dict()
+    assert state == ranks[1].state_dict() == alone.state_dict()
+    expected = next(alone)
+    for rank in range(3):  # another number of processes goes on at the same place
+        more = make(2, rank=rank, world=3)
+        more.load_state_dict(state)
+        assert torch.equal(next(more), expected) == (rank == 0)
+    other = make(3)  # and so does another size of batches, by pictures
+    other.load_state_dict(state)
+    assert other.position == (12 if kind == "folder" else 4)
+
+
+def test_too_many_failures_stop_training(folder: Path) -> None:
+    for i in (1, 3):
+        damaged = folder / f"{i}.png"
+        damaged.write_bytes(damaged.read_bytes()[:-300])
+    patient = TrainingBatches(ImageFolder(folder, 16), 7, max_failed=0.6)
+    strict = TrainingBatches(ImageFolder(folder, 16), 7, max_failed=0.2)
+    with pytest.warns(UserWarning, match=r"\.png"):
+        take(patient, 8)
+    with pytest.warns(UserWarning), pytest.raises(TooManyFailures, match=r"of 35 pictures .*data\.max_failed=0\.2"):
+        take(strict, 8)
 
 
 def test_state_of_other_data_is_refused(folder: Path) -> None:

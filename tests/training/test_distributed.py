@@ -1,0 +1,162 @@
+"""Two processes over gloo train as one, resume bit for bit after SIGKILL, and go on as one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowmo import FlowMo
+from flowmo.config import ConfigError, parse
+from flowmo.data import heldout_photographs
+from flowmo.training import checkpoint, distributed
+from flowmo.training.loop import Trainer
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ("images_per_second", "seconds_per_step", "peak_memory_gib")
+
+# With Adam's usual eps a gradient's sign decides, also where it is all rounding; with this one the step is smooth.
+SMOOTH = "optim.eps=1e-2"
+
+
+def arguments(run: Path, steps: int, accumulate: int, *more: str) -> list[str]:
+    return [
+        *("tiny", f"run={run}", f"trainer.steps={steps}", f"trainer.accumulate={accumulate}", "trainer.log_every=1"),
+        *("trainer.precision=fp32", "trainer.threads=1", "trainer.save_every=3", "trainer.sample_images=1"),
+        *("sampler.steps=1", "optim.freeze_encoder_at=4", SMOOTH, *more),
+    ]
+
+
+def together(code: str, *given: str) -> list[int]:
+    """Run a script in two processes as torchrun would start them; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings.pop("TRITON_INTERPRET", None)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, *given], env={**settings, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    return [p.wait(timeout=200) for p in processes]
+
+
+TRAIN = "import sys; from flowmo.train import main; main(sys.argv[1:])"
+
+KILLED = """
+import os, signal, sys
+from flowmo.training.loop import Trainer
+train_step = Trainer.train_step
+def dying(self):
+    if self.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(self)
+Trainer.train_step = dying
+from flowmo.train import main
+main(sys.argv[1:])
+"""
+
+ENTROPY = """
+import sys, torch, torch.distributed as dist
+from flowmo import FlowMo
+from flowmo.training.distributed import gather_rows, join, mean, sum_, largest, from_first
+me = join()
+torch.manual_seed(0)
+model = FlowMo("tiny")
+images = torch.rand(4, 3, 32, 32) * 2 - 1
+latent = model.latent(images[2 * me.rank : 2 * me.rank + 2])
+entropy = model.quantize(gather_rows(latent)).codebook_entropy
+entropy.backward()
+gradient = model.encoder.img_in.weight.grad
+dist.all_reduce(gradient)
+assert mean({"rank": float(me.rank)}) == {"rank": 0.5} and largest([me.rank, -me.rank]) == [1.0, 0.0]
+assert from_first(me.rank) == 0 and me.world == 2 and me.first == (me.rank == 0)
+if me.first:
+    torch.save({"entropy": entropy.detach(), "gradient": gradient / 2}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in found]
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    saved = checkpoint.read(checkpoint.path_of(run, step))
+    flat = {f"model.{k}": v for k, v in saved["model"].items()}
+    for part in ("exp_avg", "exp_avg_sq", "average"):
+        flat |= {f"{part}.{k}": v for k, v in saved["optimizer"][part].items()}
+    return flat
+
+
+def alone(run: Path, steps: int, accumulate: int, *more: str) -> Trainer:
+    trainer = Trainer(parse(arguments(run, steps, accumulate, *more)))
+    trainer.fit()
+    return trainer
+
+
+def close(a: Path, b: Path, step: int) -> None:
+    """To rounding: gradients differ by a few units in their last place, which Adam passes on at most 1 / eps times."""
+    first, second = state(a, step), state(b, step)
+    assert first.keys() == second.keys()
+    for key in first:
+        scale = float(first[key].abs().max()) + 1e-12
+        assert float((first[key] - second[key]).abs().max()) < 2e-5 * scale, key
+    for one, other in zip(lines(a), lines(b)):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-6), (key, one["step"])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_survive_sigkill_and_go_on_as_one(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    for name, picture in heldout_photographs().items():
+        picture.resize((64 * picture.width // picture.height, 64)).save(tmp_path / "photographs" / f"{name}.png")
+    more = [f"data.path={tmp_path / 'photographs'}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(one, 7, 4, *more)
+    assert together(TRAIN, *arguments(two, 7, 2, *more)) == [0, 0]
+    # 2 x 2 micro-batches against 4, past the step at which the encoder freezes.
+    close(one, two, 7)
+    assert len(lines(two)) == 7, "one process writes"
+    broken = tmp_path / "broken"
+    assert together(KILLED, *arguments(broken, 7, 2, *more)) == [-signal.SIGKILL] * 2
+    assert [p.stem[-1] for p in checkpoint.list_checkpoints(broken)] == ["3"]
+    # On as two: bit for bit. On as one with the same micro-batches: to rounding.
+    as_one = tmp_path / "as_one"
+    as_one.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
+        subprocess.run(["cp", "-r", str(broken / name), str(as_one / name)], check=True)
+    assert together(TRAIN, *arguments(broken, 7, 2, *more)) == [0, 0]
+    a, b = state(two, 7), state(broken, 7)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert lines(two) == lines(broken)
+    alone(as_one, 7, 4, *more)
+    close(two, as_one, 7)
+
+
+def test_entropy_over_all_processes_and_its_gradient(tmp_path):
+    assert together(ENTROPY, str(tmp_path / "out.pt")) == [0, 0]
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    torch.manual_seed(0)
+    model = FlowMo("tiny")
+    entropy = model.quantize(model.latent(torch.rand(4, 3, 32, 32) * 2 - 1)).codebook_entropy
+    entropy.backward()
+    torch.testing.assert_close(found["entropy"], entropy.detach())
+    torch.testing.assert_close(found["gradient"], model.encoder.img_in.weight.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_batches_that_do_not_divide_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "join", lambda: distributed.Processes(0, 3, 0))
+    with pytest.raises(ConfigError, match=r"data\.batch=8 does not divide among 3 processes"):
+        Trainer(parse(["tiny", f"run={tmp_path}"]))

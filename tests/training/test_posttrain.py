@@ -1,0 +1,223 @@
+"""Stage 1B: its loss and gradients, its memory modes, and the runs that it makes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmo import FlowMo
+from flowmo.config import ConfigError, LossConfig, NoiseConfig, PosttrainConfig, parse
+from flowmo.layers import patchify, unpatchify
+from flowmo.sampling import random_times
+from flowmo.training import checkpoint
+from flowmo.training.heldout import Heldout, read_curve
+from flowmo.training.loop import Trainer
+from flowmo.training.posttrain import posttrain_loss, remembering
+from flowmo.training.pretrain import flow_loss, sample_noise_levels
+from tests.model import golden
+
+
+class Distance(nn.Module):
+    """Stands in for the ResNet-50: a convolution's features at a hundredth of the cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Conv2d(3, 8, 5, stride=4)
+        with torch.no_grad():
+            self.network.weight.normal_(generator=torch.Generator().manual_seed(5))
+        self.requires_grad_(False)
+        self.calls = 0
+
+    def features(self, x):
+        self.calls += 1
+        return self.network(x).flatten(1)
+
+    def distance(self, x, y):
+        return (x - y).square().mean(1)
+
+    def forward(self, x, y):
+        return self.distance(self.features(x), self.features(y))
+
+
+@pytest.fixture
+def model() -> FlowMo:
+    model = FlowMo("tiny")
+    golden.fill(model.named_parameters())
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def loss(model, images, memory="full", distance=None, steps=8, **options):
+    return posttrain_loss(
+        model, images, PosttrainConfig(steps=steps, weight=0.5), LossConfig(**options), NoiseConfig(),
+        distance or Distance(), torch.Generator().manual_seed(3), memory,
+    )  # fmt: skip
+
+
+def gradients(model):
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_gradient_are_those_of_the_unrolled_reference(model, images):
+    distance = Distance()
+    out = loss(model, images, distance=distance, condition_dropout=0.5)
+    assert distance.calls == 2, "the target's features are computed once"
+    out["total"].backward()
+    actual = gradients(model)
+    model.zero_grad()
+
+    random = torch.Generator().manual_seed(3)
+    data = patchify(images, 4)
+    t = sample_noise_levels(3, NoiseConfig(), random)
+    z = torch.randn(data.shape, generator=random)
+    keep = torch.rand(3, generator=random) >= 0.5
+    start = torch.randn(data.shape, generator=random)
+    times = random_times(3, 8, random)
+    codes = model.encode(images, plan=False)
+    x_t = torch.lerp(data, z, t[:, None, None])
+    flow = flow_loss(model.velocity(x_t, t, model.condition(codes, keep)), data, z)
+    x = start
+    for i in range(8):
+        x = x + (times[:, i + 1] - times[:, i])[:, None, None] * model.velocity(x, times[:, i], model.condition(codes))
+    sample = (distance.network(unpatchify(x, 4, 32)) - distance.network(images)).square().mean()
+    torch.testing.assert_close(out["flow"], flow)
+    torch.testing.assert_close(out["sample"], sample)
+    torch.testing.assert_close(out["total"], flow + 0.5 * sample)
+    (flow + 0.5 * sample).backward()
+    expected = {k: v for k, v in gradients(model).items() if k.startswith("decoder.")}
+    assert actual.keys() == expected.keys() and all(k.startswith("decoder.") for k in actual)
+    for key in expected:
+        # Two orders of summation of the same fp32 terms, through nine passes: a few units of the gradient's size.
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-3, atol=1e-5 * float(expected[key].abs().max()))
+
+
+def test_memory_modes_give_the_same_gradients_and_save10_repeats_no_product(model, images):
+    results, flops = {}, {}
+    for memory in ("none", "save10", "full"):
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss(model, images, memory, steps=3)["total"].backward()
+        results[memory], flops[memory] = gradients(model), counter.get_total_flops()
+    for memory in ("save10", "full"):
+        assert results[memory].keys() == results["none"].keys()
+        for key, expected in results["none"].items():
+            atol = 1e-6 * float(expected.abs().max())
+            torch.testing.assert_close(results[memory][key], expected, rtol=1e-5, atol=atol)
+    assert flops["save10"] == flops["none"]
+    # Four calls of a decoder run once more each: between a fifth and a third of all operations.
+    assert 1.2 < flops["full"] / flops["none"] < 1.34
+
+
+def test_save10_keeps_ten_tensors_of_a_block(model, images):
+    """What lives between forward and backward, in tensors of [tokens, width] for each block of the decoder."""
+    codes = model.encode(images, plan=False)
+    condition, data = model.condition(codes), patchify(images, 4)
+    one = 3 * (64 + 16) * 64 * 4  # bytes of [B, L, D] in fp32
+    kept = {}
+    for memory in ("none", "save10", "full"):
+        with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiled:
+            out = remembering(model.velocity, memory)(data, torch.full((3,), 0.5), condition)
+        events = profiled.profiler.kineto_results.events()
+        kept[memory] = sum(e.nbytes() for e in events if e.name() == "[memory]") / one / 2
+        del out
+    assert kept["full"] < 0.5
+    # Ends and modulation add a little, the last block's dead stream and the rotated q, k take some away.
+    assert 8 < kept["save10"] < 12
+    assert kept["none"] > 2 * kept["save10"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("pretrain") / "run"
+    arguments = ["tiny", f"run={run}", "trainer.steps=30", "trainer.log_every=10", "trainer.precision=fp32"]
+    trainer = Trainer(parse([*arguments, "trainer.threads=1", "sampler.steps=1", "trainer.sample_images=1"]))
+    trainer.fit()
+    return run
+
+
+def config(run, init, *more):
+    return parse(
+        [
+            *("tiny", "stage=posttrain", f"init={init}", f"run={run}", "posttrain.resnet=none", "data.batch=4"),
+            *("trainer.precision=fp32", "trainer.threads=1", "trainer.log_every=1", "trainer.sample_images=1"),
+            *("heldout.images=4", "sampler.steps=1", "optim.ema_every=1", *more),
+        ]
+    )
+
+
+def stand_in(trainer):
+    trainer.stage.resnet = Distance()
+    return trainer
+
+
+def test_a_run_starts_from_another_and_resumes_bit_for_bit(tmp_path, trained):
+    shipped = FlowMo.from_pretrained(trained)
+    trainers = {}
+    for name, stops in (("a", (4,)), ("b", (2, 4))):
+        for stop in stops:
+            more = [f"trainer.steps={stop}", "trainer.accumulate=2", "heldout.every=2", "trainer.save_every=2"]
+            trainer = stand_in(Trainer(config(tmp_path / name, trained, *more)))
+            if not checkpoint.list_checkpoints(trainer.run):
+                assert all(torch.equal(v, shipped.state_dict()[k]) for k, v in trainer.model.state_dict().items())
+            trainer.fit()
+        trainers[name] = trainer
+    a, b = (t.model.state_dict() for t in trainers.values())
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    changed = {k.split(".")[0] for k in a if not torch.equal(a[k], shipped.state_dict()[k])}
+    assert changed == {"decoder"}, "the encoder is frozen"
+    assert read_curve(tmp_path / "a" / "heldout.jsonl") == read_curve(tmp_path / "b" / "heldout.jsonl")
+    line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"flow", "sample", "seconds_per_step", "peak_memory_gib", "gradient_norm"} <= line.keys()
+    assert FlowMo.from_pretrained(tmp_path / "a" / "best").config == shipped.config
+
+
+def test_training_checkpoints_and_models_of_other_sizes_as_init(tmp_path, trained):
+    (file,) = checkpoint.list_checkpoints(trained)
+    trainer = Trainer(config(tmp_path / "a", file))
+    shipped = FlowMo.from_pretrained(trained).state_dict()
+    assert all(torch.equal(v, shipped[k]) for k, v in trainer.model.state_dict().items())
+    with pytest.raises(ConfigError, match=r"model\.decoder_depth=2 there and 3 here"):
+        Trainer(config(tmp_path / "b", trained, "model.decoder_depth=3"))
+    with pytest.raises(ConfigError, match="stage=posttrain needs init="):
+        parse(["tiny", "stage=posttrain"])
+    with pytest.raises(ConfigError, match=r"stage='postrain'.*did you mean posttrain"):
+        parse(["tiny", "stage=postrain"])
+
+
+def test_training_stops_when_measurements_get_worse_and_keeps_the_best(tmp_path, trained, monkeypatch):
+    psnr = iter([19.0, 20.0, 21.0, 20.5, 20.9, 22.0])
+    monkeypatch.setattr(Heldout, "measure", lambda self, model: {"psnr": next(psnr)})
+    more = ["heldout.metric=psnr", "heldout.every=2", "heldout.patience=2", "trainer.steps=40", "posttrain.steps=2"]
+    trainer = stand_in(Trainer(config(tmp_path / "run", trained, *more)))
+    weights = {}
+    update = Heldout.update
+
+    def watched(self, step, model):
+        weights[step] = model.decoder.img_in.weight.clone()
+        return update(self, step, model)
+
+    monkeypatch.setattr(Heldout, "update", watched)
+    trainer.fit()
+    assert trainer.step == 8 and trainer.finished
+    curve = read_curve(tmp_path / "run" / "heldout.jsonl")
+    assert [(r["step"], r["psnr"], r["best"]) for r in curve] == [
+        (0, 19.0, True), (2, 20.0, True), (4, 21.0, True), (6, 20.5, False), (8, 20.9, False)
+    ]  # fmt: skip
+    best = FlowMo.from_pretrained(tmp_path / "run" / "best").decoder.img_in.weight
+    assert torch.equal(best, weights[4]) and not torch.equal(best, weights[8])
+    again = stand_in(Trainer(config(tmp_path / "run", trained, *more)))
+    again.fit()
+    assert again.step == 8, "it has ended, and the same command does not start it anew"
+    more[2:4] = ["heldout.patience=3", "trainer.steps=10"]
+    patient = stand_in(Trainer(config(tmp_path / "run", trained, *more)))
+    patient.fit()
+    assert patient.step == 10 and read_curve(tmp_path / "run" / "heldout.jsonl")[-1]["best"]
