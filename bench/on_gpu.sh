@@ -6,6 +6,7 @@
 #                                            model-32 model-train ops ops-compile tune components profile
 #   PYTHON=...       the interpreter (default python3)
 #   LIMIT_ops=120    another limit in seconds for the steps whose name starts with "ops"
+#   TUNE=lfq         the sweeps of bench/tune.py whose name contains this
 #   BUDGET=520       seconds for everything: later steps get what is left, and none starts in the last twenty
 #   PACK=1           $OUT gets one archive, results.tar.gz, renewed after every step, instead of the files
 #
@@ -21,7 +22,8 @@
 #
 #   1. PACK=1 BUDGET=530 STEPS="build info tests sanitizer" bash bench/on_gpu.sh            call limit 570
 #   2. PACK=1 BUDGET=530 STEPS="build first model" bash bench/on_gpu.sh                     call limit 570
-#   3. PACK=1 BUDGET=430 STEPS="build ops model-32 components tune" bash bench/on_gpu.sh    call limit 470
+#   3. PACK=1 BUDGET=430 TUNE=qk_norm_rope STEPS="build ops model-32 components tune" bash bench/on_gpu.sh
+#                                                                                           call limit 470
 #
 # Together at most 27 minutes, the start of the machine not counted.
 set -u -o pipefail
@@ -162,7 +164,7 @@ if wanted components; then
     step components 60 "$PYTHON" -m bench.components --providers plan --out "$RESULTS/components.csv"
 fi
 if wanted tune; then
-    step tune 120 "$PYTHON" bench/tune.py --repeats 10 --out "$RESULTS/tune.csv"
+    step tune 120 "$PYTHON" bench/tune.py --repeats 10 --only "${TUNE:-}" --out "$RESULTS/tune.csv"
 fi
 if wanted profile; then
     step profile 120 "$PYTHON" bench/kernel_profile.py --skip compile --out "$RESULTS/profile.csv"

@@ -162,6 +162,9 @@ class MMDiT(nn.Module):
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         cos, sin = rope_tables(latent_tokens, grid, hidden // heads)
+        device = self.img_in.weight.device  # the default one; tables on meta could not be filled in later
+        if device.type != "meta":
+            cos, sin = cos.to(device), sin.to(device)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 

@@ -45,6 +45,16 @@ def test_fp32_graph_is_the_plain_sampler(model):
     assert (model.decode_plan(2, dtype=torch.float32)(codes, noise) - plain).abs().max() <= 1e-3
 
 
+def test_model_made_on_the_card():
+    """Under a default device everything lies there, the rotary tables included, which are computed on the CPU."""
+    with torch.device("cuda"):
+        model = FlowMo(LO)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
+    for table, expected in zip(model.decoder.buffers(), FlowMo(LO).decoder.buffers()):
+        assert torch.equal(table.cpu(), expected)
+    assert model.decode(*(t.cuda() for t in inputs(model, 1)[:1]), steps=1).isfinite().all()
+
+
 def test_pictures_of_earlier_calls_stay(model):
     plan = model.decode_plan(2)
     first_inputs, second_inputs = on_card(model, 2, 0), on_card(model, 2, 1)
