@@ -137,11 +137,11 @@ fi
 if wanted first; then
     step first 120 "$PYTHON" -m bench.first --out "$RESULTS/first.csv"
 fi
-PLANS="plan plan+graph+fp8 plan+graph+tail6 plan+graph+tail10"
+PLANS="plan+graph+fp8 plan+graph+tail6 plan"
 if wanted model; then
     # Plans first: they compile in seconds, the published execution in a minute or two.
     # shellcheck disable=SC2086
-    step model 360 "$PYTHON" -m bench.model --tasks decode --batch 8 1 --seconds 1 \
+    step model 420 "$PYTHON" -m bench.model --tasks decode --batch 8 1 --seconds 1 \
         --providers plan+graph published published+bf16 $PLANS --out "$RESULTS/model.csv"
     step model-forward 120 "$PYTHON" -m bench.model --tasks forward encode --batch 8 1 --seconds 1 \
         --providers plan+graph triton eager --out "$RESULTS/model-forward.csv"
