@@ -28,6 +28,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
          "forwards", "tflop_per_s", "gb_per_s", "percent_of_roofline", "speedup_published", "speedup_published_bf16",
          "psnr_to_exact", "peak_gib"),
     ),
+    "first": (
+        "Attention and matrix products",
+        ("kind", "name", "shape", "status", "ms_p20", "ms_p50", "ms_p80", "tflop_per_s", "percent_of_peak"),
+    ),
     "components": ("Time by component", ("task", "model", "batch", "provider", "component", "ms", "percent")),
     "solvers": (
         "Solvers: PSNR in dB against forward passes",
@@ -42,12 +46,13 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def read(folder: Path) -> dict[str, Rows]:
-    found = {}
+    """Rows of each table: NAME.csv, and NAME-*.csv of the parts that were run by themselves."""
+    found: dict[str, Rows] = {}
     for name in TABLES:
-        path = folder / f"{name}.csv"
-        if path.exists():
-            with path.open(newline="") as file:
-                found[name] = list(csv.DictReader(file))
+        for path in (folder / f"{name}.csv", *sorted(folder.glob(f"{name}-*.csv"))):
+            if path.exists():
+                with path.open(newline="") as file:
+                    found.setdefault(name, []).extend(csv.DictReader(file))
     return {name: rows for name, rows in found.items() if rows}
 
 

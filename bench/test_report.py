@@ -52,6 +52,13 @@ def test_report_of_small_runs(tmp_path: Path) -> None:
         assert all(f"({name}.png)" in text for name in drawn)
 
 
+def test_parts_of_a_table_are_joined(tmp_path: Path) -> None:
+    """A lent machine runs the large batches by themselves, into a file of their own."""
+    for name, batch in (("model", 8), ("model-32", 32)):
+        (tmp_path / f"{name}.csv").write_text(f"task,batch,provider,status\ndecode,{batch},plan+graph,ok\n")
+    assert [row["batch"] for row in report.read(tmp_path)["model"]] == ["8", "32"]
+
+
 def test_no_results_is_said(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "REPORT.md")]) == 2
     assert "run the benches first" in capsys.readouterr().out and not (tmp_path / "REPORT.md").exists()
