@@ -32,6 +32,8 @@ Item = TypeVar("Item")
 PATCH_PERIOD = 4
 MOVED_FROM = 2 * PATCH_PERIOD  # pixels of overlap; less is left as it is
 
+KEPT_PLANS = 4  # of a decoder: guided and not, for parts of two lengths
+
 
 def split_tiles(
     images: Tensor,  # [B, 3, H, W], H and W multiples of size
@@ -238,12 +240,15 @@ class TileDecoder:
         windows = [grid.windows(device) for grid, _ in pictures]
         solvers = [make_solver(schedule.solver, schedule.times) for _ in pictures]
         tiles = list(_tiles([grid for grid, _ in pictures]))
+        parts = list(_even_parts(tiles, self.batch))
+        captured = device.type == "cuda"  # then one graph for all parts, of which the shorter run padded
         for j, guided in enumerate(self._guided):
             blended = [torch.zeros_like(z) for z in states]
-            for part in _even_parts(tiles, self.batch):
+            for part in parts:
                 codes = torch.stack([pictures[t.picture][1][t.number] for t in part])
                 seen = torch.stack([states[t.picture][t.area] for t in part])
-                velocity = self._plan(guided, len(part)).velocity(j, codes, seen)
+                plan = self._plan(guided, len(parts[-1]) if captured else len(part))
+                velocity = plan.velocity(j, codes, seen)
                 for tile, v in zip(part, velocity):
                     rows, columns = windows[tile.picture]
                     window = rows[tile.row][:, None] * columns[tile.column]
@@ -252,15 +257,12 @@ class TileDecoder:
         return [z[:, : grid.height, : grid.width].clamp(-1, 1) for (grid, _), z in zip(pictures, states)]
 
     def _plan(self, guided: bool, tiles: int) -> _VelocityPlan:
-        """The plan of this many tiles; where they are captured as graphs, of a whole batch, which runs padded."""
-        batch = self.batch if self.model.device.type == "cuda" else tiles
-        plan = self._plans.get((guided, batch))
+        plan = self._plans.pop((guided, tiles), None)
         if plan is None:
-            for other in [k for k in self._plans if k[0] == guided]:
-                if len(self._plans) >= 4:
-                    del self._plans[other]
-            plan = _VelocityPlan(self.model, batch, self.schedule, guided)
-            self._plans[guided, batch] = plan
+            while len(self._plans) >= KEPT_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            plan = _VelocityPlan(self.model, tiles, self.schedule, guided)
+        self._plans[guided, tiles] = plan  # the last used one last
         return plan
 
     def _check(self, pictures: Sequence[tuple[TileGrid, Tensor]], noise: Sequence[Tensor] | None) -> None:

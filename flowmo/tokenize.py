@@ -224,8 +224,6 @@ def write_files(options: argparse.Namespace) -> int:
     if not inputs:
         raise FileNotFoundError(f"{options.data}: no pictures in this folder")
     names = {path: name.with_suffix(SUFFIX) for path, name in output_names(inputs).items()}
-    if len(set(names.values())) < len(names):  # pictures that differ in their endings alone
-        names = {path: relative.with_name(relative.name + SUFFIX) for path, relative in inputs}
     one = len(inputs) == 1 and options.out.suffix == SUFFIX
     if options.out.suffix == SUFFIX and not one:
         raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")

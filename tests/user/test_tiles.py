@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 
@@ -123,15 +124,16 @@ def test_one_tile_is_the_decoder(tiny, solver):
     assert float((picture - expected).abs().max()) < 100 * torch.finfo(torch.float32).eps
 
 
-def test_batches_and_company_do_not_change_a_picture(tiny):
+@pytest.mark.parametrize("solver", ["euler", "ab2"])  # one without and one with a memory
+def test_batches_and_company_do_not_change_a_picture(tiny, solver):
     images = [photograph("coffee", 75, 32), photograph("rocket", 20, 40), photograph("china", 32, 32)]
-    together = reconstruct_blended(tiny, images, batch=4, seed=5, steps=3)
+    together = reconstruct_blended(tiny, images, batch=4, seed=5, steps=3, solver=solver)
     for image, picture in zip(images, together):
-        alone = reconstruct_blended(tiny, [image], batch=64, seed=5, steps=3)[0]
+        alone = reconstruct_blended(tiny, [image], batch=64, seed=5, steps=3, solver=solver)[0]
         assert picture.shape == image.shape
         # Another batch shape may sum matrix products in another order.
         assert float((picture - alone).abs().max()) < 400 * torch.finfo(torch.float32).eps
-    other = reconstruct_blended(tiny, images[:1], seed=6, steps=3)[0]
+    other = reconstruct_blended(tiny, images[:1], seed=6, steps=3, solver=solver)[0]
     assert float((other - together[0]).abs().max()) > 0.1
 
 
@@ -160,6 +162,21 @@ def test_what_does_not_fit_is_refused(tiny):
         encode_tiles(tiny, torch.zeros(3, 40, 41), grid)
     with pytest.raises(ValueError, match="batch=0"):
         TileDecoder(tiny, batch=0)
+
+
+@pytest.mark.gpu
+def test_captured_graphs_follow_the_time(tiny):
+    """The first call runs its kernels one by one, the later ones replay graphs, which must not keep the first time."""
+    model = copy.deepcopy(tiny).cuda()
+    image = photograph("coffee", 75, 50)
+    grid = grid_for(model, 50, 75)
+    codes = encode_tiles(model, image, grid)
+    decoder = TileDecoder(model, batch=4, steps=6)
+    first, again = (decoder([(grid, codes)])[0].cpu() for _ in range(2))
+    on_cpu = TileDecoder(tiny, batch=4, steps=6)([(grid, codes.cpu())])[0]
+    # The same kernels on the same numbers; and other kernels, whose matrix products may keep 10 bits of mantissa.
+    assert float((first - again).abs().max()) < 1e-5
+    assert float((first - on_cpu).abs().mean()) < 100 * 2**-11
 
 
 class Largest(TorchDispatchMode):
