@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     options = p.parse_args(arguments)
     model = FlowMo.from_pretrained(options.source, dtype=DTYPES.get(options.dtype))
     out: Path = options.out
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
         save_file_with_config(model, out)
     elif out.suffix == ".pth":

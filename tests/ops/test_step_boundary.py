@@ -13,7 +13,13 @@ from .oracle import judge, random, sliced
 
 DTYPES = [torch.float32, torch.bfloat16]
 # B, N, D, P, whether shift and scale are shared by all images
-SHAPES = [(1, 1, 1, 1, False), (2, 37, 96, 12, True), (1, 33, 130, 48, False), (3, 5, 17, 3, False), (0, 4, 8, 3, False)]
+SHAPES = [
+    (1, 1, 1, 1, False),
+    (2, 37, 96, 12, True),
+    (1, 33, 130, 48, False),
+    (3, 5, 17, 3, False),
+    (0, 4, 8, 3, False),
+]
 
 
 def make(
