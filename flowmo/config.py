@@ -178,6 +178,7 @@ class TrainerConfig:
     steps: int = 1_300_000
     minutes: float | None = None  # stop, and anneal a cosine schedule, by this much training time as well
     accumulate: int = 1  # micro-batches per step of each process
+    parallel: str = "ddp"  # of several processes: ddp (each has all weights) | fsdp (each has a share of them)
     precision: str = "auto"  # auto | fp32 | bf16 (autocast) | bf16_matmul (CPU: fp32 with bf16 matrix products)
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = None
@@ -358,6 +359,7 @@ def check(config: Config) -> None:
         ("noise.law", ("thick_logit_normal", "logit_normal", "uniform")),
         ("optim.schedule", ("constant", "cosine")),
         ("optim.hold_norms", ("matrix", "channel", "none")),
+        ("trainer.parallel", ("ddp", "fsdp")),
         ("trainer.precision", ("auto", "fp32", "bf16", "bf16_matmul")),
     ):
         value = _value(config, key)

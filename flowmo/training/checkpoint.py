@@ -2,7 +2,8 @@
 
 A checkpoint is what `torch.save` writes (`torch.load(path, weights_only=True)` reads it), followed by the SHA-256 of
 all bytes before. It is written under a temporary name, flushed to the disk, and only then given its own: whenever the
-writer dies, a file of that name is complete or not there.
+writer dies, a file of that name is complete or not there. Sharded training writes a folder instead, in the format of
+`torch.distributed.checkpoint`, with the rest of the state and the checksums of its files in a file `state.pt`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import numpy as np
 import torch
 
 from flowmo.files import atomic_write
+from flowmo.training import sharding
+from flowmo.training.distributed import barrier
 
 logger = logging.getLogger("flowmo")
 
 _MARK = b"\nflowmo-sha256:"
 _TRAILER = len(_MARK) + 64
+_REST = "state.pt"  # of a sharded checkpoint
 
 
 class DamagedCheckpoint(ValueError):
@@ -40,8 +44,14 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*.pt") if re.fullmatch(r"step_\d{8}", p.stem))
+    """The checkpoints of a run, files and folders, oldest first."""
+    found = (p for p in (run / "checkpoints").glob("step_*") if p.suffix == ".pt" or p.is_dir())
+    return sorted((p for p in found if re.fullmatch(r"step_\d{8}", p.stem)), key=lambda p: p.stem)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a training checkpoint by its form: a .pt file, or a folder with shards."""
+    return (path.suffix == ".pt" and path.is_file()) or (path / _REST).is_file()
 
 
 class _DigestingFile:
@@ -78,11 +88,15 @@ def write(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU, after its checksum agreed.
+    """The state in a checkpoint, file or folder, whole and on the CPU, after its checksum agreed.
 
     Raises:
         DamagedCheckpoint: cut short, altered, or nothing that :func:`write` wrote.
     """
+    path = Path(path)
+    if path.is_dir():
+        rest = read_rest(path)
+        return sharding.unflatten(sharding.read_shards(path), rest)
     digest = hashlib.sha256()
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -108,6 +122,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def read_rest(folder: Path) -> dict[str, Any]:
+    """All of a sharded checkpoint but its tensors, after the checksums of all files agreed."""
+    try:
+        rest = read(folder / _REST)
+        found = sharding.digests(folder)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder}: {error}") from error
+    wrong = sorted(name for name, digest in rest["files"].items() if found.get(name) != digest)
+    if wrong:
+        raise DamagedCheckpoint(f"{folder}: {', '.join(wrong)} missing or not agreeing with the checksums")
+    return rest
+
+
 def _is_zip(path: str | os.PathLike[str]) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
@@ -127,10 +154,55 @@ def save(run: Path, step: int, state: dict[str, Any], keep: int, keep_every: int
         _sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, _full(path, before, error)) from error
+    _delete_old(run, keep, keep_every)
+    return path
+
+
+def save_sharded(run: Path, step: int, state: dict[str, Any], keep: int, keep_every: int, first: bool) -> Path:
+    """:func:`save` of sharded tensors: every process writes its own into one folder. All processes call it.
+
+    Raises:
+        OSError: in the first process, as :func:`save`; torch.distributed.checkpoint's own error in all where a shard
+            cannot be written. The checkpoints that were there are whole.
+    """
+    path = path_of(run, step).with_suffix("")
+    partial = path.with_name(f".{path.name}.partial")
+    if first and partial.exists():
+        shutil.rmtree(partial)
+    barrier()
+    tensors, rest = sharding.flatten(state)
+    sharding.save_shards(tensors, partial)
+    if first:
+        before = [p for p in list_checkpoints(run) if p != path]
+        try:
+            write({**rest, "files": sharding.digests(partial)}, partial / _REST)
+            with open(partial / _REST, "rb") as file:
+                os.fsync(file.fileno())
+            _sync_folder(partial)
+            if path.exists():
+                _delete(path)
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise OSError(error.errno, _full(path, before, error)) from error
+        _delete_old(run, keep, keep_every)
+    return path
+
+
+def _delete_old(run: Path, keep: int, keep_every: int) -> None:
     for old in list_checkpoints(run)[:-keep]:
         if int(old.stem[5:]) % keep_every:
-            old.unlink()
-    return path
+            _delete(old)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        # first out of sight: a folder half deleted must not look like a checkpoint
+        hidden = path.with_name(f".{path.name}.deleted")
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink()
 
 
 def _full(path: Path, before: list[Path], error: OSError) -> str:
@@ -153,7 +225,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run and where it is; None where there are no checkpoints.
+    """Where the newest whole checkpoint of a run is, and its state; None where there are no checkpoints.
+
+    Of a folder of shards, the state comes without its tensors.
 
     A damaged one is named in a warning and the one before it is taken. Half-written temporary files, which a killed
     writer leaves, are deleted.
@@ -161,13 +235,16 @@ def newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         RuntimeError: there are checkpoints and none is whole.
     """
-    for scrap in (run / "checkpoints").glob(".step_*.pt.*"):
+    for scrap in (run / "checkpoints").glob(".step_*"):
         logger.warning("%s is left over from a writer that was killed: deleted", scrap)
-        scrap.unlink(missing_ok=True)
+        if scrap.is_dir():
+            shutil.rmtree(scrap)
+        else:
+            scrap.unlink(missing_ok=True)
     paths = list_checkpoints(run)
     for path in reversed(paths):
         try:
-            return path, read(path)
+            return path, read(path) if path.is_file() else read_rest(path)
         except (DamagedCheckpoint, OSError) as error:
             logger.warning("DAMAGED CHECKPOINT, going back to the one before it: %s", error)
     if paths:

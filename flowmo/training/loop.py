@@ -30,6 +30,7 @@ from flowmo.training.optim import learning_rate
 from flowmo.training.posttrain import Posttrain
 from flowmo.training.precision import fast_math, resolve_device, resolve_precision
 from flowmo.training.pretrain import Pretrain
+from flowmo.training.sharding import exchange_gradients, fill_, flatten, full, load_shards_
 from flowmo.training.stage import Stage
 
 __all__ = ["FREE_KEYS", "STAGES", "Trainer", "fast_math", "resolve_device", "resolve_precision"]
@@ -42,7 +43,7 @@ STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Pretrain, Post
 FREE_KEYS = (
     *(f"trainer.{k}" for k in ("steps", "minutes", "log_every", "sample_every", "sample_images", "save_every")),
     *(f"trainer.{k}" for k in ("keep", "keep_every", "device", "threads", "compile", "gradient_checkpointing")),
-    *(f"trainer.{k}" for k in ("accumulate", "max_skipped", "profile", "wandb")),
+    *(f"trainer.{k}" for k in ("accumulate", "parallel", "max_skipped", "profile", "wandb")),
     *(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval")),
     *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
 )
@@ -101,6 +102,9 @@ class Trainer:
         self.stage = STAGES[config.stage](config, self.device)
         if config.init is not None and not checkpoint.list_checkpoints(self.run):
             self.stage.start_from(config.init)
+        self.sharded = t.parallel == "fsdp" and world > 1
+        if self.sharded:
+            self.stage.shard()
         self.optimizer = self.stage.optimizer()
         self.generator = torch.Generator(self.device)
         self.data = self.stage.batches(self.processes)
@@ -133,11 +137,19 @@ class Trainer:
         """Have gradients averaged over the processes; again whenever what learns has changed."""
         self.stage.update(self.step)
         self._parallel: nn.Module = self.stage
-        if self.processes.world > 1:
+        if self.processes.world > 1 and not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(
                 self.stage, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    @contextlib.contextmanager
+    def _exchange(self, on: bool) -> Iterator[None]:
+        """Whether gradients are exchanged at the end of the backward pass inside."""
+        if self.sharded:
+            exchange_gradients(self.model, on)
+        with self._parallel.no_sync() if not on and not self.sharded else contextlib.nullcontext():  # type: ignore[operator]
+            yield
 
     def train_step(self) -> dict[str, Tensor]:
         """All micro-batches of one optimizer step; detached means of the losses and the gradient's norm.
@@ -158,7 +170,7 @@ class Trainer:
             images = next(self.data)
             self.generator.manual_seed(noise_seed(c.trainer.seed, self.step, micro * world + rank))
             exchange = world == 1 or micro == accumulate - 1
-            with contextlib.nullcontext() if exchange else self._parallel.no_sync():  # type: ignore[operator]
+            with self._exchange(exchange):
                 with fast_math(self.precision, self.device, c.model.grid**2 + c.model.latent_tokens):
                     losses = self._parallel(images, self.generator)
                     (losses["total"] / accumulate).backward()
@@ -166,7 +178,7 @@ class Trainer:
             batches.append(images)
         means = {k: torch.stack([p[k].float() for p in parts]).mean() for k in parts[0]}
         gradients = [p.grad for p in self.stage.trained.values() if p.grad is not None]
-        means["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+        means["gradient_norm"] = full(torch.nn.utils.get_total_norm(gradients))
         # The one wait for the device in a step: whether to take it must be known before the weights change.
         bad = not math.isfinite(float(means["total"] + means["gradient_norm"]))
         if world > 1:
@@ -237,7 +249,7 @@ class Trainer:
                 if self.step % t.log_every == 0 or self.finished:
                     self._report(log, window, time.perf_counter() - started)
                     window, started = [], time.perf_counter()
-                if self.step % t.sample_every == 0 and log:
+                if self.step % t.sample_every == 0:
                     self._sample(log)
                 if self.heldout_due:
                     self._measure(log)
@@ -246,10 +258,10 @@ class Trainer:
                     saved_at = self.step
         if self.step != saved_at:
             self.save()
+        if self.finished:
+            self._sample(log)
         if log:
-            if self.finished:
-                self._sample(log)
-            else:
+            if not self.finished:
                 log.note(f"stopped at step {self.step}; the same command goes on from there")
             log.close()
         distributed.barrier()  # none leaves while the first still writes
@@ -281,7 +293,7 @@ class Trainer:
         )
 
     def averaged(self) -> FlowMo:
-        """The model with the averaged weights, in evaluation mode."""
+        """The model with the averaged weights, in evaluation mode; under FSDP all processes call this."""
         return self.stage.averaged(self.optimizer.average)
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,12 +315,18 @@ class Trainer:
         }
 
     def save(self) -> Path:
-        """Write the checkpoint of this step and the averaged model; only the first process does."""
-        t = self.config.trainer
-        if self.processes.first:
+        """Write the checkpoint of this step and the averaged model; the first process does, under FSDP all."""
+        t, first = self.config.trainer, self.processes.first
+        path = checkpoint.path_of(self.run, self.step)
+        if self.sharded:
+            path = checkpoint.save_sharded(self.run, self.step, self.state_dict(), t.keep, t.keep_every, first)
+        elif first:
             checkpoint.save(self.run, self.step, self.state_dict(), t.keep, t.keep_every)
-            self.averaged().save_pretrained(self.run / "model")
-        return checkpoint.path_of(self.run, self.step)
+        if first or self.sharded:
+            model = self.averaged()
+            if first:
+                model.save_pretrained(self.run / "model")
+        return path
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the run folder; False where there is none.
@@ -319,9 +337,16 @@ class Trainer:
         path = distributed.from_first(found[0] if found else None)
         if path is None:
             return False
-        state = found[1] if found else checkpoint.read(path)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        in_place = path.is_dir() and self.sharded
+        if in_place:
+            state = checkpoint.read_rest(path)
+            load_shards_(flatten(self.state_dict())[0], path)
+            self.optimizer.step_count = int(state["optimizer"]["step"])
+        else:
+            state = found[1] if found and path.is_file() else checkpoint.read(path)
+            for key, weight in self.model.state_dict().items():
+                fill_(weight, state["model"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
         if "random" in state:
             checkpoint.set_random_states(state["random"])
         self.data.load_state_dict(state["data"])
@@ -380,9 +405,10 @@ class Trainer:
 
     def _measure(self, log: RunLog | None) -> None:
         """Measure the averaged model in the first process, and have all agree on whether to stop."""
-        if self.heldout and log:
+        model = self.averaged() if log or self.sharded else None
+        if self.heldout and log and model is not None:
             h = self.heldout
-            values = h.update(self.step, self.averaged())
+            values = h.update(self.step, model)
             text = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
             best = "the best so far" if h.worse == 0 else f"the best was at step {h.best_step}, {h.worse} ago"
             log.note(f"step {self.step}: held out: {text}; {best}")
@@ -400,7 +426,7 @@ class Trainer:
         c = self.config
         values["lr"] = learning_rate(c.optim, self.step, self.progress)
         weights = [p.detach() for p in self.stage.trained.values()]
-        values["parameter_norm"] = float(torch.nn.utils.get_total_norm(weights))
+        values["parameter_norm"] = float(full(torch.nn.utils.get_total_norm(weights)))
         counts = self.stage.code_counts
         if counts is not None:
             values |= code_statistics(distributed.sum_(counts))
@@ -419,10 +445,13 @@ class Trainer:
         if log:
             log.metrics(self.step, values)
 
-    def _sample(self, log: RunLog) -> None:
+    def _sample(self, log: RunLog | None) -> None:
         """A grid, original above reconstruction, of the averaged model."""
+        model = self.averaged() if log or self.sharded else None
+        if log is None or model is None:
+            return
         assert self.samples is not None
-        pictures = self.stage.pictures(self.averaged(), self.samples)
+        pictures = self.stage.pictures(model, self.samples)
         grid = make_grid([self.samples.cpu(), pictures.cpu()], ["original", "reconstruction"])
         save_png(grid, self.run / "samples" / f"step_{self.step:08d}.png")
         log.picture(self.step, "samples", grid)

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flowmo.autoencoder import FlowMo
 from flowmo.config import ModelConfig, OptimConfig
+from flowmo.training.distributed import sum_
+from flowmo.training.sharding import fill_, full, local
 from flowmo_kernels import adam_hold_ema_, ema_, weight_norms
 
 
@@ -40,6 +43,12 @@ class AdamHoldEMA:
         config: rates, decay and the kind of hold: "matrix" keeps the Frobenius norm of every Linear weight inside
             the blocks at its value of now, "channel" that of each row, "none" nothing.
         rate_scales: factors of the learning rate by name; those not named have 1.
+
+    Parameters sharded over processes (FSDP) keep their state sharded; the norm of a matrix is then summed up over all
+    processes between the update and the average.
+
+    Raises:
+        ValueError: norms of channels are to be held of sharded parameters, whose rows lie in several processes.
     """
 
     def __init__(
@@ -53,7 +62,10 @@ class AdamHoldEMA:
         self.exp_avg_sq = {k: torch.zeros_like(p) for k, p in named.items()}
         self.average = {k: p.detach().clone() for k, p in named.items()}
         held = [k for k in named if is_held(k)] if config.hold_norms != "none" else []
-        norms = weight_norms([named[k].detach() for k in held], per_channel=config.hold_norms == "channel")
+        self.sharded = any(isinstance(p, DTensor) for p in named.values())
+        if self.sharded and config.hold_norms == "channel":
+            raise ValueError("optim.hold_norms=channel needs trainer.parallel=ddp; with fsdp take matrix or none")
+        norms = weight_norms([full(named[k].detach()) for k in held], per_channel=config.hold_norms == "channel")
         self.norm: dict[str, Tensor] = dict(zip(held, norms))
 
     def step(self, lr: float) -> None:
@@ -68,24 +80,36 @@ class AdamHoldEMA:
             groups.setdefault(self.rate_scales.get(key, 1.0), []).append(key)
         for scale, keys in groups.items():
             adam_hold_ema_(
-                [self.parameters[k].detach() for k in keys],
-                [grads[k] for k in keys],
-                [self.exp_avg[k] for k in keys],
-                [self.exp_avg_sq[k] for k in keys],
+                [local(self.parameters[k].detach()) for k in keys],
+                [local(grads[k]) for k in keys],
+                [local(self.exp_avg[k]) for k in keys],
+                [local(self.exp_avg_sq[k]) for k in keys],
                 step=self.step_count,
                 lr=lr * scale,
                 betas=self.config.betas,
                 eps=self.config.eps,
-                norms=[self.norm.get(k) for k in keys],
+                norms=None if self.sharded else [self.norm.get(k) for k in keys],
                 per_channel=self.config.hold_norms == "channel",
-                averages=[self.average[k] for k in keys] if due else None,
+                averages=[self.average[k] for k in keys] if due and not self.sharded else None,
                 decay=decay,
             )
-        still = [k for k in self.parameters if k not in grads] if due else []
+        if self.sharded:
+            self._hold_sharded([k for k in grads if k in self.norm])
+        still = [k for k in self.parameters if self.sharded or k not in grads] if due else []
         if still:
-            ema_([self.average[k] for k in still], [self.parameters[k].detach() for k in still], decay)
+            ema_([local(self.average[k]) for k in still], [local(self.parameters[k].detach()) for k in still], decay)
         for p in self.parameters.values():
             p.grad = None
+
+    @torch.no_grad()
+    def _hold_sharded(self, keys: list[str]) -> None:
+        if not keys:
+            return
+        shards = [local(self.parameters[k].detach()) for k in keys]
+        squares = sum_(torch.stack([s.float().square().sum() for s in shards]))
+        scales = torch.stack([self.norm[k] for k in keys]) / squares.sqrt()
+        scales = torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
+        torch._foreach_mul_(shards, list(scales.unbind()))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -107,7 +131,7 @@ class AdamHoldEMA:
         self.step_count = int(state["step"])
         for name in ("exp_avg", "exp_avg_sq", "average", "norm"):
             for key, value in getattr(self, name).items():
-                value.copy_(state[name][key])
+                fill_(value, state[name][key])
 
 
 def mup_scales(named: Mapping[str, Tensor], model: ModelConfig, base: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from flowmo.tiles import reconstruct_tiled
 from flowmo.training import checkpoint
 from flowmo.training.distributed import Processes
 from flowmo.training.optim import AdamHoldEMA, mup_scales, scale_readouts_
+from flowmo.training.sharding import full, shard_
 
 
 class Stage(nn.Module):
@@ -59,7 +60,7 @@ class Stage(nn.Module):
             FileNotFoundError, CheckpointError, DamagedCheckpoint: as reading them raises.
         """
         mine = self.config.model
-        if Path(path).suffix == ".pt" and Path(path).is_file():
+        if checkpoint.is_checkpoint(Path(path)):
             saved = checkpoint.read(path)
             _check_sizes(mine, from_yaml(saved["config"]).model, path)
             self.model.load_state_dict({**saved["model"], **saved["optimizer"]["average"]})
@@ -69,6 +70,11 @@ class Stage(nn.Module):
         model = FlowMo.from_pretrained(path, dtype=torch.float32, entropy_bits=bits, **sizes)
         _check_sizes(mine, model.config, path)
         self.model.load_state_dict(model.state_dict())
+
+    def shard(self) -> None:
+        """Spread the weights over all processes (FSDP)."""
+        shard_(self.model, self.device)
+        self.trained = {k: p for k, p in self.model.named_parameters() if k in self.trained}
 
     def optimizer(self) -> AdamHoldEMA:
         """Made once the weights are those of step 0: the norms that it holds are those of now."""
@@ -108,10 +114,10 @@ class Stage(nn.Module):
         raise TypeError(f"{type(self).__name__} has no loss")
 
     def averaged(self, average: dict[str, Tensor]) -> FlowMo:
-        """A copy of the model with averaged weights, in evaluation mode."""
+        """A copy of the model with averaged weights, in evaluation mode; of sharded weights all processes make it."""
         with torch.device("meta"):  # no initial weights: they would cost time and the global random state
             model = FlowMo(self.config.model)
-        weights = {k: v.detach().clone() for k, v in {**self.model.state_dict(), **average}.items()}
+        weights = {k: full(v.detach()).clone() for k, v in {**self.model.state_dict(), **average}.items()}
         model.load_state_dict(weights, assign=True)
         return model.to(self.device).eval()
 

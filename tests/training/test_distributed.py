@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,8 @@ def together(code: str, *given: str) -> list[int]:
 
 TRAIN = "import sys; from flowmo.train import main; main(sys.argv[1:])"
 
+TRAIN_ALL = "import json, sys; from flowmo.train import main; [main(a) for a in json.loads(sys.argv[1])]"
+
 KILLED = """
 import os, signal, sys
 from flowmo.training.loop import Trainer
@@ -91,7 +94,8 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    saved = checkpoint.read(checkpoint.path_of(run, step))
+    path = checkpoint.path_of(run, step)
+    saved = checkpoint.read(path if path.exists() else path.with_suffix(""))
     flat = {f"model.{k}": v for k, v in saved["model"].items()}
     for part in ("exp_avg", "exp_avg_sq", "average"):
         flat |= {f"{part}.{k}": v for k, v in saved["optimizer"][part].items()}
@@ -160,3 +164,42 @@ def test_batches_that_do_not_divide_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "join", lambda: distributed.Processes(0, 3, 0))
     with pytest.raises(ConfigError, match=r"data\.batch=8 does not divide among 3 processes"):
         Trainer(parse(["tiny", f"run={tmp_path}"]))
+
+
+def only(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run that ends with the checkpoint of `step`."""
+    shutil.copytree(run, copy)
+    for path in checkpoint.list_checkpoints(copy):
+        if path.stem != f"step_{step:08d}":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+@pytest.mark.slow
+def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path):
+    """FSDP2 with two gloo ranks: the same training, shards that one process loads, and a file that two ranks load."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone(one, 7, 4)
+    file_to_two = only(one, 3, tmp_path / "file_to_two")
+    runs = [(two, 4), (two, 7), (file_to_two, 7)]  # the second goes on from shards, the third from a whole file
+    given = [arguments(run, steps, 2, "trainer.parallel=fsdp") for run, steps in runs]
+    assert together(TRAIN_ALL, json.dumps(given)) == [0, 0]
+    close(one, two, 7)
+    close(one, file_to_two, 7)
+    assert [p.name for p in checkpoint.list_checkpoints(two)] == [f"step_0000000{n}" for n in (4, 6, 7)]
+    shards = sorted(p.name for p in checkpoint.list_checkpoints(two)[0].iterdir())
+    assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"]
+    model = FlowMo.from_pretrained(two).state_dict()
+    assert all(torch.equal(v, model[k.removeprefix("average.")]) for k, v in state(two, 7).items() if "average" in k)
+
+    alone(only(two, 4, tmp_path / "shards_to_one"), 7, 4)
+    close(one, tmp_path / "shards_to_one", 7)
+
+    shard = checkpoint.path_of(two, 7).with_suffix("") / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"__1_0\.distcp"):
+        checkpoint.read(shard.parent)
+    found = checkpoint.newest(two)
+    assert found is not None and found[0].name == "step_00000006"
