@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import sys
 from pathlib import Path
 
 import flowmo
@@ -53,5 +52,4 @@ def main(arguments: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "flowmo"
     cli.run(main)

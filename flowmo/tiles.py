@@ -173,7 +173,8 @@ def encode_tiles(
     if image.ndim != 3 or image.shape[0] != 3 or tuple(image.shape[1:]) != (grid.height, grid.width):
         raise ValueError(f"image: expected shape [3, {grid.height}, {grid.width}], got {list(image.shape)}")
     height, width = grid.padded
-    image = F.pad(image[None], (0, width - grid.width, 0, height - grid.height), mode="replicate")[0]
+    if (height, width) != (grid.height, grid.width):
+        image = F.pad(image[None], (0, width - grid.width, 0, height - grid.height), mode="replicate")[0]
     places = [(y, x) for y in grid.rows for x in grid.columns]
     codes = []
     for part in _even_parts(places, batch):
@@ -187,8 +188,8 @@ class TileDecoder:
     """The sampler over overlapping tiles: `decoder([(grid, codes), ...]) -> [picture, ...]`.
 
     Tiles go through the decode engine `batch` at a time, those of several pictures together. Beside the engine's own
-    buffers, whose size the batch sets, memory holds three fp32 copies of the pictures (one more with a solver that
-    remembers) and their codes: it does not grow with the number of tiles otherwise. Make one decoder for many calls.
+    buffers, whose size the batch sets, memory holds two fp32 copies of the pictures (three with a solver that
+    remembers), for a moment two more of one of them, and the codes. Make one decoder for many calls.
 
     Args:
         batch: tiles at once.
@@ -237,6 +238,7 @@ class TileDecoder:
             noise = list(drawn)
         device, schedule = self.model.device, self.schedule
         states = [z.to(device, torch.float32) for z in noise]
+        del noise  # or a second copy of what was drawn here would stay to the end
         windows = [grid.windows(device) for grid, _ in pictures]
         solvers = [make_solver(schedule.solver, schedule.times) for _ in pictures]
         tiles = list(_tiles([grid for grid, _ in pictures]))
@@ -253,7 +255,8 @@ class TileDecoder:
                     rows, columns = windows[tile.picture]
                     window = rows[tile.row][:, None] * columns[tile.column]
                     blended[tile.picture][tile.area].addcmul_(v, window)
-            states = [rule.advance(j, z, v) for rule, z, v in zip(solvers, states, blended)]
+            for k, rule in enumerate(solvers):
+                states[k] = rule.advance(j, states[k], blended.pop(0))
         return [z[:, : grid.height, : grid.width].clamp(-1, 1) for (grid, _), z in zip(pictures, states)]
 
     def _plan(self, guided: bool, tiles: int) -> _VelocityPlan:
