@@ -107,9 +107,9 @@ def test_joint_decoding_is_the_blended_sampler(tiny):
     assert any(guided_steps(time_grid(6), 1.5, (0.17, 1.02)))
     expected = blended_by_hand(tiny, grid, codes, noise, steps=6)
     assert float(expected.abs().lt(1).float().mean()) > 0.5  # the clipping does not hide a difference
-    # fp32 through a network of some 100 rounded operations a step, in another order: 100 eps of values of size 4 or
-    # less, for each of 6 steps whose lengths add up to 1, twice as much with guidance.
-    assert float((picture - expected).abs().max()) < 800 * torch.finfo(torch.float32).eps
+    # fp32 through a network of some 100 rounded operations a step, in another order: errors of random sign, 10 eps of
+    # values of size 4 or less, over steps whose lengths add up to 1, twice as much with guidance.
+    assert float((picture - expected).abs().max()) < 80 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "dpm"])
@@ -121,7 +121,7 @@ def test_one_tile_is_the_decoder(tiny, solver):
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     picture = TileDecoder(tiny, steps=5, solver=solver)([(grid, codes)], [noise[0]])[0]
     expected = tiny.decode(codes.float(), steps=5, solver=solver, noise=noise)[0]
-    assert float((picture - expected).abs().max()) < 100 * torch.finfo(torch.float32).eps
+    assert float((picture - expected).abs().max()) < 80 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("solver", ["euler", "ab2"])  # one without and one with a memory
@@ -131,8 +131,8 @@ def test_batches_and_company_do_not_change_a_picture(tiny, solver):
     for image, picture in zip(images, together):
         alone = reconstruct_blended(tiny, [image], batch=64, seed=5, steps=3, solver=solver)[0]
         assert picture.shape == image.shape
-        # Another batch shape may sum matrix products in another order.
-        assert float((picture - alone).abs().max()) < 400 * torch.finfo(torch.float32).eps
+        # Another batch shape may sum matrix products in another order: as above.
+        assert float((picture - alone).abs().max()) < 80 * torch.finfo(torch.float32).eps
     other = reconstruct_blended(tiny, images[:1], seed=6, steps=3, solver=solver)[0]
     assert float((other - together[0]).abs().max()) > 0.1
 
