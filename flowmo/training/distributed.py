@@ -5,6 +5,7 @@ Everything here also works in a plain single process, where nothing is exchanged
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ def join() -> Processes:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 

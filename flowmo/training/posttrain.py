@@ -8,6 +8,7 @@ with the original by a ResNet-50's logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def remembering(call: Call, mode: str) -> Call:
         else:
             out = checkpoint(
                 call, x, t, condition, use_reentrant=False,
-                context_fn=lambda: create_selective_checkpoint_contexts(_policy),
+                context_fn=partial(create_selective_checkpoint_contexts, _policy),
             )  # fmt: skip
         return out
 

@@ -92,6 +92,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monke
             checkpoint.save(tmp_path, 3, state(3), keep=2, keep_every=100)
             os._exit(0)
         _, status = os.waitpid(child, 0)
+        assert all(checkpoint.read(p) for p in checkpoint.list_checkpoints(tmp_path)), "every name is of a whole one"
         newest = checkpoint.newest(tmp_path)
         assert same(newest, 2) or same(newest, 3), f"killed at call {moment}"
         assert not list((tmp_path / "checkpoints").glob(".*")), "scraps are cleared"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from flowmo import FlowMo
 from flowmo.config import ConfigError, LossConfig, NoiseConfig, PosttrainConfig, parse
 from flowmo.layers import patchify, unpatchify
 from flowmo.sampling import random_times
-from flowmo.training import checkpoint
+from flowmo.training import checkpoint, heldout
 from flowmo.training.heldout import Heldout, read_curve
 from flowmo.training.loop import Trainer
 from flowmo.training.posttrain import posttrain_loss, remembering
@@ -115,6 +116,40 @@ def test_memory_modes_give_the_same_gradients_and_save10_repeats_no_product(mode
     assert flops["save10"] == flops["none"]
     # Four calls of a decoder run once more each: between a fifth and a third of all operations.
     assert 1.2 < flops["full"] / flops["none"] < 1.34
+
+
+def test_compiled_chain_with_save10_has_the_same_gradients(model, images):
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model.zero_grad()
+        f = torch.compile(posttrain_loss, backend="aot_eager") if compiled else posttrain_loss
+        random = torch.Generator().manual_seed(3)
+        settings = PosttrainConfig(steps=2), LossConfig(), NoiseConfig(), Distance(), random
+        f(model, images, *settings, memory="save10")["total"].backward()
+        results.append(gradients(model))
+    assert results[0].keys() == results[1].keys()
+    for key, expected in results[0].items():
+        atol = 1e-6 * float(expected.abs().max())
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=atol)
+
+
+def test_rfid_decides_when_asked(tmp_path, trained, monkeypatch):
+    class Features:
+        def to(self, device):
+            return self
+
+        def __call__(self, images):
+            return SimpleNamespace(pool=images.mean((2, 3)))
+
+    monkeypatch.setattr(heldout, "load_inception", lambda path, **options: Features() if path == "file" else None)
+    more = ["heldout.metric=rfid", "heldout.inception_weights=file", "heldout.every=1", "trainer.steps=1"]
+    trainer = stand_in(Trainer(config(tmp_path, trained, *more)))
+    trainer.fit()
+    for line in read_curve(tmp_path / "heldout.jsonl"):
+        assert line["rfid"] > 0 and {"psnr", "perceptual"} < line.keys()
+    with pytest.raises(ConfigError, match=r"heldout\.inception_weights=PATH"):
+        config(tmp_path, trained, "heldout.metric=rfid")
 
 
 def test_save10_keeps_ten_tensors_of_a_block(model, images):

@@ -113,6 +113,24 @@ def test_perceptual_gradient_reaches_the_decoder(model, images):
     assert not torch.allclose(with_perceptual, model.decoder.img_in.weight.grad, rtol=0.1)
 
 
+def test_compiled_loss_has_the_same_gradients(model, images):
+    """Traced, only the random draws break the graph: PyTorch cannot trace a torch.Generator."""
+    results = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for loss in (pretrain_loss, torch.compile(pretrain_loss, backend="aot_eager")):
+        model.zero_grad()
+        counts = torch.zeros(512, dtype=torch.int64)
+        random = torch.Generator().manual_seed(0)
+        loss(model, images, LossConfig(), NoiseConfig(), None, random, code_counts=counts)["total"].backward()
+        gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        results.append({**gradients, "counts": counts})
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=1e-7)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert all("Generator" in reason for reason in breaks), breaks
+
+
 @pytest.mark.parametrize("hold", ["matrix", "channel", "none"])
 def test_norms_of_block_weights_are_held(model, images, hold):
     named = dict(model.decoder.named_parameters(prefix="decoder"))
