@@ -8,6 +8,7 @@ import math
 import resource
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,11 @@ class Trainer:
         self._parallel: nn.Module = self.stage
         if self.processes.world > 1 and not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self._parallel = DistributedDataParallel(
-                self.stage, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in 2.11
+                self._parallel = DistributedDataParallel(
+                    self.stage, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     @contextlib.contextmanager
     def _exchange(self, on: bool) -> Iterator[None]:
