@@ -1,8 +1,8 @@
 """Write a model in another form: python -m flowmo.export SOURCE OUT [--dtype fp32|bf16|fp16]
 
-    python -m flowmo.export runs/lo flowmo_lo.safetensors --dtype bf16    one file that from_pretrained reads
-    python -m flowmo.export runs/lo flowmo_lo.pth                         the layout of the authors' release
-    python -m flowmo.export flowmo_lo.pth lo/                             a model folder
+python -m flowmo.export runs/lo flowmo_lo.safetensors --dtype bf16    one file that from_pretrained reads
+python -m flowmo.export runs/lo flowmo_lo.pth                         the layout of the authors' release
+python -m flowmo.export flowmo_lo.pth lo/                             a model folder
 """
 
 from __future__ import annotations

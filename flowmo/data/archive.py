@@ -167,8 +167,9 @@ def _compare(entry: Entry, path: Path, index: PathLike, again: str) -> None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
-        raise ArchiveError(f"{path} has no member at byte {entry.offset}, where {index} places {entry.name}; {again}") \
-            from error
+        raise ArchiveError(
+            f"{path} has no member at byte {entry.offset}, where {index} places {entry.name}; {again}"
+        ) from error
     same_name = PurePosixPath(header.name).name[:90] == PurePosixPath(entry.name).name[:90]  # long ones are cut there
     if header.size != entry.size or not same_name:
         raise ArchiveError(

@@ -206,9 +206,7 @@ def _read_heads(
     return [state[name].flatten() for name in names]
 
 
-_NETS: dict[
-    str, tuple[PublishedFile, PublishedFile, tuple[int, ...], type[VGG16Features] | type[AlexNetFeatures]]
-] = {
+_NETS: dict[str, tuple[PublishedFile, PublishedFile, tuple[int, ...], type[VGG16Features] | type[AlexNetFeatures]]] = {
     "vgg": (VGG16, LPIPS_VGG_HEADS, vgg.CHANNELS, VGG16Features),
     "alex": (ALEXNET, LPIPS_ALEX_HEADS, alexnet.CHANNELS, AlexNetFeatures),
 }

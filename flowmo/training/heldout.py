@@ -112,9 +112,7 @@ def heldout_images(path: str, size: int, count: int) -> Tensor:  # [N, 3, size, 
     """Centre crops of a folder's first pictures, or tiles of the built-in held-out photographs for "samples"."""
     if path == "samples":
         side = 4 * size
-        photographs = [
-            to_tensor(center_crop(resize_shorter(p, side), side)) for p in heldout_photographs().values()
-        ]
+        photographs = [to_tensor(center_crop(resize_shorter(p, side), side)) for p in heldout_photographs().values()]
         tiles = torch.stack(photographs).unfold(2, size, size).unfold(3, size, size)  # [P, 3, 4, 4, size, size]
         return tiles.permute(2, 3, 0, 1, 4, 5).reshape(-1, 3, size, size)[:count]
     folder = ImageFolder(path, size, crop="center", as_uint8=True)

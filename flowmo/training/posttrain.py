@@ -121,9 +121,7 @@ class Posttrain(Stage):
 
     def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         c = self.config
-        return self.loss(
-            self.model, images, c.posttrain, c.loss, c.noise, self.resnet, generator, memory=c.checkpoint
-        )
+        return self.loss(self.model, images, c.posttrain, c.loss, c.noise, self.resnet, generator, memory=c.checkpoint)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor | None:
         return None if self.resnet is None else self.resnet(x, y)

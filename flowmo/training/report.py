@@ -26,8 +26,7 @@ GRIDS = 6  # of the sample pictures, first and last among them
 _WIDTH, _HEIGHT, _LEFT = 420, 150, 62  # of a curve, in pixels
 
 _STYLE = (
-    "body{font:14px sans-serif;margin:2em;max-width:1350px}svg{margin:4px}"
-    "td{padding:1px 12px 1px 0}img{max-width:100%}"
+    "body{font:14px sans-serif;margin:2em;max-width:1350px}svg{margin:4px}td{padding:1px 12px 1px 0}img{max-width:100%}"
 )
 
 Point = tuple[float, float]

@@ -149,9 +149,7 @@ class Stage(nn.Module):
 
 def _check_sizes(mine: ModelConfig, theirs: ModelConfig, path: str) -> None:
     pairs = [
-        f"model.{k}={getattr(theirs, k)} there and {v} here"
-        for k, v in vars(mine).items()
-        if getattr(theirs, k) != v
+        f"model.{k}={getattr(theirs, k)} there and {v} here" for k, v in vars(mine).items() if getattr(theirs, k) != v
     ]
     if pairs:
         raise ConfigError(
