@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowmo.config import PRESETS, Config, ConfigError, from_yaml, known_keys, parse, to_yaml
+from flowmo.config import Config, ConfigError, from_yaml, known_keys, parse, to_yaml
+from flowmo.presets import PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,0 +1,94 @@
+"""What each preset and each stage changes of the defaults of :mod:`flowmo.config`: tables, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What each preset changes of the defaults, which are FlowMo-Lo's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "lo": {},
+    "hi": {
+        "model": {"latent_channels": 56, "entropy_bits": 14},
+        "trainer": {"steps": 800_000},
+    },
+    "small": {
+        "model": {"patch": 8, "decoder_width": 4},
+        "trainer": {"steps": 400_000},
+    },
+    "continuous": {
+        "model": {"patch": 8, "decoder_width": 4, "latent_channels": 16, "quantizer": "none"},
+        "trainer": {"steps": 400_000},
+    },
+    "tiny": {
+        "model": {
+            "image_size": 32,
+            "heads": 2,
+            "encoder_width": 2,
+            "decoder_width": 2,
+            "encoder_depth": 1,
+            "decoder_depth": 2,
+            "latent_tokens": 16,
+        },
+        "loss": {"perceptual": "none"},
+        "optim": {"lr": 2e-3, "ema_decay": 0.99, "freeze_encoder_at": None},
+        "data": {"path": "samples", "batch": 8, "workers": 0},
+        "trainer": {"steps": 300, "sample_every": 100, "save_every": 100, "sample_images": 4},
+    },
+    "quickstart": {
+        "model": {
+            "image_size": 32,
+            "heads": 6,
+            "encoder_width": 2,
+            "decoder_width": 2,
+            "encoder_depth": 1,
+            "decoder_depth": 3,
+            "latent_tokens": 16,
+        },
+        "loss": {"perceptual": "none", "entropy": 0.005, "commitment": 0.0025},
+        "noise": {"mean": 2.0},
+        "optim": {
+            "lr": 2e-3,
+            "schedule": "cosine",
+            "warmup": 100,
+            "ema_decay": 0.995,
+            "freeze_encoder_at": None,
+        },
+        "data": {
+            "path": "samples",
+            "batch": 16,
+            "workers": 0,
+            "flip": True,
+            "scales": [32, 64, 128, 256],
+            "columns": [0.0, 0.7],
+        },
+        # Trained for minutes, mostly at high noise: few steps stay near the mean, many add noise.
+        "sampler": {"steps": 3},
+        "trainer": {"steps": 20_000, "minutes": 4.0, "sample_every": 1000, "save_every": 1000},
+    },
+}
+
+# What a stage changes of its preset: for every preset, and for one.
+STAGES: dict[str, dict[str, dict[str, Any]]] = {
+    "pretrain": {},
+    "posttrain": {
+        "": {
+            "run": "runs/${preset}-posttrain",
+            "optim": {"lr": 5e-5, "schedule": "constant", "warmup": 0, "freeze_encoder_at": None},
+            "data": {"batch": 64},
+            "trainer": {"steps": 20_018, "minutes": None, "accumulate": 2},  # one epoch of ImageNet
+            "heldout": {"every": 5_000},
+        },
+        "tiny": {
+            "data": {"batch": 8},
+            "trainer": {"steps": 40, "sample_every": 20, "save_every": 20},
+            "posttrain": {"resnet": "random"},
+            "heldout": {"every": 10},
+        },
+        "quickstart": {
+            "data": {"batch": 16},
+            "trainer": {"steps": 200, "sample_every": 100, "save_every": 50},
+            "posttrain": {"resnet": "random"},
+            "heldout": {"every": 25},
+        },
+    },
+}
