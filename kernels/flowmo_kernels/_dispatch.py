@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ OPS: dict[str, tuple[str, ...]] = {
 
 # Ops whose own kernels run only when asked for by name.
 NOT_IN_AUTO = ("joint_attention",)
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_result(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which would import the whole tracer with this package: twice the time
+    that PyTorch itself takes.  What it does is to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class KernelUnavailableError(RuntimeError):
@@ -175,7 +186,7 @@ def chosen(op: str, tensor: Tensor) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_cuda() -> bool:
     return why_no_cuda() is None
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._dispatch import KernelUnavailableError, asked, why_no_triton
+from ._dispatch import KernelUnavailableError, asked, constant_result, why_no_triton
 from ._library import wants_grad
 from .attention_triton import MAX_HEAD_DIM, aot_signatures, attention_triton
 
@@ -68,7 +68,7 @@ def joint_attention_ref(
     return o.transpose(1, 2).contiguous()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(index: int | None) -> int:
     """Major compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(index)[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import KernelUnavailableError, asked, chosen
+from ._dispatch import KernelUnavailableError, asked, chosen, constant_result
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import (
     Signature,
@@ -44,7 +44,7 @@ def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op} has no gradient: fp8 is for inference; call it under torch.no_grad()")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _architecture(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
