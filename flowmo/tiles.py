@@ -11,7 +11,7 @@ Legend: n tiles, S tile side, H x W the picture, T latent tokens, C latent chann
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -224,8 +224,13 @@ class TileDecoder:
         pictures: Sequence[tuple[TileGrid, Tensor]],  # codes [n, T, C] of each
         noise: Sequence[Tensor] | None = None,  # [3, H, W] of each grid's padded size
         seed: int = 0,
+        watch: Callable[[float, int, Tensor, Tensor], None] | None = None,
     ) -> list[Tensor]:  # [3, H, W] fp32 in [-1, 1] of each, on the model's device
         """Without `noise`, that of every picture is drawn by itself from `seed`: company does not change a picture.
+
+        Args:
+            watch: called as watch(t, k, x, v) at every evaluation with the time, the number of the picture, its state
+                x and blended velocity v, [3, H, W] fp32 of its grid's padded size; x - t v is the picture foreseen.
 
         Raises:
             ValueError: grids, codes or noise that do not fit together or not the model.
@@ -256,6 +261,8 @@ class TileDecoder:
                     window = rows[tile.row][:, None] * columns[tile.column]
                     blended[tile.picture][tile.area].addcmul_(v, window)
             for k, rule in enumerate(solvers):
+                if watch is not None:
+                    watch(rule.evaluations[j], k, states[k], blended[0])
                 states[k] = rule.advance(j, states[k], blended.pop(0))
         return [z[:, : grid.height, : grid.width].clamp(-1, 1) for (grid, _), z in zip(pictures, states)]
 

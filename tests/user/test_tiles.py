@@ -137,6 +137,24 @@ def test_batches_and_company_do_not_change_a_picture(tiny, solver):
     assert float((other - together[0]).abs().max()) > 0.1
 
 
+def test_watching_shows_every_state_and_changes_nothing(tiny):
+    images = [photograph("coffee", 40, 33), photograph("china", 32, 20)]
+    work = [(grid := grid_for(tiny, *image.shape[1:]), encode_tiles(tiny, image, grid)) for image in images]
+    seen: list[tuple[float, int, Tensor, Tensor]] = []
+    decoder = TileDecoder(tiny, steps=4)
+    watched = decoder(work, seed=2, watch=lambda *what: seen.append(what))
+    for picture, same in zip(watched, decoder(work, seed=2)):
+        assert torch.equal(picture, same)
+    times = time_grid(4)
+    for k, (grid, _) in enumerate(work):
+        mine = [(t, x, v) for t, picture, x, v in seen if picture == k]
+        assert [t for t, _, _ in mine] == times[:-1]
+        for (t, x, v), (later, after, _) in pairwise(mine):
+            assert x.shape == v.shape == (3, *grid.padded) and torch.equal(after, x - (t - later) * v)
+        t, x, v = mine[-1]
+        assert torch.equal((x - t * v)[:, : grid.height, : grid.width].clamp(-1, 1), watched[k])
+
+
 def test_small_pictures_and_continuous_codes():
     torch.manual_seed(0)
     model = FlowMo(model_config("tiny", decoder_depth=1, latent_channels=16, quantizer="none")).eval()
