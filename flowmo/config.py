@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -16,13 +17,19 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was expected and the way out."""
 
 
+QUANTIZERS = ("lfq", "fsq", "kl", "none")
+MAX_FSQ_VOCABULARY = 2**20  # its tokens are counted one by one
+
+
 @dataclass
 class ModelConfig:
     """Sizes of a FlowMo model (paper, Table 1 of the supplement).
 
     Width counts muP units: hidden = 16 * heads * width, so head_dim = 16 * width and, at the published 12 heads,
     hidden = 192 * width. Image side and patch in pixels; `latent_tokens` x `latent_channels` is the code;
-    `entropy_bits` the bits of one token (one group of channels) of the quantizer.
+    `entropy_bits` the bits of one token (one group of channels) of lookup-free quantization, `fsq_levels` the levels
+    of each channel of one token of finite scalar quantization. The paper does not say its levels: the default makes
+    tokens of 9 bits, so that with 6 latent channels the code has FlowMo-Lo's tokens and bits.
     """
 
     image_size: int = 256
@@ -35,7 +42,9 @@ class ModelConfig:
     latent_tokens: int = 256
     latent_channels: int = 18
     entropy_bits: int = 9
-    quantizer: str = "lfq"  # lfq | none (continuous: LayerNorm as the encoder's last layer)
+    # lfq (bits) | fsq (levels) | kl (Gaussian latents) | none (continuous: LayerNorm as the encoder's last layer)
+    quantizer: str = "lfq"
+    fsq_levels: list[int] = field(default_factory=lambda: [8, 8, 8])
 
     @property
     def encoder_hidden(self) -> int:
@@ -51,13 +60,41 @@ class ModelConfig:
         return self.image_size // self.patch
 
     @property
-    def tokens(self) -> int:
-        """Integer tokens of a picture, each of `entropy_bits` bits."""
-        return self.latent_tokens * self.latent_channels // self.entropy_bits
+    def discrete(self) -> bool:
+        """Whether the code has integer tokens."""
+        return self.quantizer in ("lfq", "fsq")
 
     @property
-    def bits_per_pixel(self) -> float:
-        return self.latent_tokens * self.latent_channels / self.image_size**2
+    def token_channels(self) -> int:
+        """Latent channels that make one token."""
+        return len(self.fsq_levels) if self.quantizer == "fsq" else self.entropy_bits
+
+    @property
+    def tokens(self) -> int:
+        """Integer tokens of a picture; 0 of a continuous code."""
+        return self.latent_tokens * self.latent_channels // self.token_channels if self.discrete else 0
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Values that a token can take: 2^entropy_bits, or the product of the levels; None of a continuous code."""
+        if self.quantizer == "fsq":
+            return math.prod(self.fsq_levels)
+        return 2**self.entropy_bits if self.discrete else None
+
+    @property
+    def bits_per_pixel(self) -> float | None:
+        """Tokens x log2(vocabulary) / pixels; None of a continuous code."""
+        if self.vocabulary is None:
+            return None
+        return self.tokens * math.log2(self.vocabulary) / self.image_size**2
+
+    def describe_code(self) -> str:
+        """The code in words, for logs."""
+        if self.vocabulary is None:
+            return f"{self.latent_tokens} x {self.latent_channels} real numbers ({self.quantizer})"
+        levels = f" (levels {' x '.join(map(str, self.fsq_levels))})" if self.quantizer == "fsq" else ""
+        bits = math.log2(self.vocabulary)
+        return f"{self.tokens} tokens of {bits:.4g} bits{levels}, {self.bits_per_pixel:.4f} bits per pixel"
 
     def check(self) -> None:
         """Raises ConfigError where the sizes do not fit together."""
@@ -69,12 +106,10 @@ class ModelConfig:
                 )
         if self.image_size % self.patch:
             raise ConfigError(f"model.image_size={self.image_size} is no multiple of model.patch={self.patch}")
-        if self.quantizer not in ("lfq", "none"):
-            raise ConfigError(f"model.quantizer={self.quantizer!r}: expected lfq or none")
-        if self.quantizer == "lfq" and self.latent_channels % self.entropy_bits:
+        if self.quantizer not in QUANTIZERS:
             raise ConfigError(
-                f"model.latent_channels={self.latent_channels} must be a multiple of "
-                f"model.entropy_bits={self.entropy_bits}: every token takes that many channels"
+                f"model.quantizer={self.quantizer!r}: expected one of {', '.join(QUANTIZERS)}"
+                f"{_nearest(self.quantizer, QUANTIZERS)}"
             )
         for name in (
             "heads",
@@ -86,11 +121,31 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: expected at least 1")
+        if self.quantizer == "lfq" and self.latent_channels % self.entropy_bits:
+            raise ConfigError(
+                f"model.latent_channels={self.latent_channels} must be a multiple of "
+                f"model.entropy_bits={self.entropy_bits}: every token takes that many channels"
+            )
+        if self.quantizer == "fsq":
+            self._check_levels()
+
+    def _check_levels(self) -> None:
+        levels = self.fsq_levels
+        if not levels or not all(2 <= n <= 256 for n in levels) or math.prod(levels) > MAX_FSQ_VOCABULARY:
+            raise ConfigError(
+                f"model.fsq_levels={levels}: expected numbers from 2 to 256 whose product, the vocabulary, is at most "
+                f"{MAX_FSQ_VOCABULARY:,}; for example [8,8,8]"
+            )
+        if self.latent_channels % len(levels):
+            raise ConfigError(
+                f"model.latent_channels={self.latent_channels} must be a multiple of the {len(levels)} numbers of "
+                f"model.fsq_levels={levels}: every token takes that many channels"
+            )
 
 
 @dataclass
 class LossConfig:
-    """L_flow + perceptual L_perc + entropy L_ent + commitment L_commit (paper, eq. 9)."""
+    """L_flow + perceptual L_perc + entropy L_ent + commitment L_commit (paper, eq. 9), the last two for LFQ alone."""
 
     perceptual: str = "lpips"  # lpips | random | none
     perceptual_weights: str | None = None  # file of the VGG-16 trunk
@@ -98,7 +153,13 @@ class LossConfig:
     perceptual_weight: float = 0.1
     entropy: float = 0.0025
     commitment: float = 0.000625
+    # Of quantizer kl: weight of KL(N(mean, variance) || N(0, 1)), nats, mean over the latent's numbers. The paper has no
+    # such model; weak, as in latent diffusion, so that the code is bounded and smooth but keeps its details.
+    kl: float = 1e-4
     condition_dropout: float = 0.1
+    # Of continuous codes: probability with which a sample's code is noised in training, c' = (1 - s) c + s e with e
+    # standard normal and s uniform from 0 to the picture's own noise level t ("noise sync"; DiTo takes 0.1).
+    noise_sync: float = 0.0
     codebook_entropy: str = "rank"  # rank (as released: of each process's micro-batch) | world (of all processes')
 
 
@@ -106,7 +167,9 @@ class LossConfig:
 class NoiseConfig:
     """The law of the noise level t: sigmoid(mean + std * normal), uniform on [0, 1] with probability `tail`."""
 
-    law: str = "thick_logit_normal"  # thick_logit_normal | logit_normal | uniform
+    # thick_logit_normal | logit_normal | uniform | one: t = 1, where the flow loss is the mean squared error of a
+    # decoder that gives the picture in one step
+    law: str = "thick_logit_normal"
     mean: float = 0.0
     std: float = 1.0
     tail: float = 0.1
@@ -204,6 +267,7 @@ class Config:
     stage: str = "pretrain"  # pretrain (1A) | posttrain (1B)
     run: str = "runs/${preset}"
     init: str | None = None  # run, model folder or released checkpoint whose (averaged) weights training starts from
+    init_part: str = "all"  # what init gives: all | encoder (a decoder that starts anew)
     checkpoint: str = "full"  # what the chain of posttrain recomputes: full | save10 (no matrix product) | none
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -267,7 +331,8 @@ def check(config: Config) -> None:
         ("posttrain.resnet", ("resnet50", "random", "none")),
         ("heldout.metric", ("perceptual", "psnr", "rfid")),
         ("trainer.wandb", ("none", "offline", "online")),
-        ("noise.law", ("thick_logit_normal", "logit_normal", "uniform")),
+        ("noise.law", ("thick_logit_normal", "logit_normal", "uniform", "one")),
+        ("init_part", ("all", "encoder")),
         ("optim.schedule", ("constant", "cosine")),
         ("optim.hold_norms", ("matrix", "channel", "none")),
         ("trainer.parallel", ("ddp", "fsdp")),
@@ -288,6 +353,18 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}={_value(config, key)}: expected at least 1")
     if not 0 <= config.data.max_failed <= 1:
         raise ConfigError(f"data.max_failed={config.data.max_failed}: expected a share from 0 to 1")
+    for key in ("loss.condition_dropout", "loss.noise_sync"):
+        if not 0 <= _value(config, key) <= 1:
+            raise ConfigError(f"{key}={_value(config, key)}: expected a probability from 0 to 1")
+    if config.loss.noise_sync and config.model.discrete:
+        raise ConfigError(
+            f"loss.noise_sync={config.loss.noise_sync} is for continuous codes, and model.quantizer="
+            f"{config.model.quantizer} makes tokens; set loss.noise_sync=0, or model.quantizer to none or kl"
+        )
+    if config.init_part != "all" and (config.stage != "pretrain" or config.init is None):
+        raise ConfigError(
+            f"init_part={config.init_part} is for stage=pretrain with init=: a run or model whose encoder training takes"
+        )
     if config.stage == "posttrain" and config.init is None:
         raise ConfigError("stage=posttrain needs init=: a pre-training run, a model folder or a released checkpoint")
     if config.heldout.metric == "rfid" and config.heldout.every and config.heldout.inception_weights is None:

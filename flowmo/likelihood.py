@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.flush()
     if not results:
         raise ValueError("none of the inputs could be read as a picture")
-    code = "" if c.quantizer == "none" else f"; the code takes {c.bits_per_pixel / 3:.4f} more"
+    code = "" if c.bits_per_pixel is None else f"; the code takes {c.bits_per_pixel / 3:.4f} more"
     print(
         f"mean {sum(results) / len(results):.4f} bits per dimension over {len(results)} pictures, given the code{code}"
     )

@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "continuous": {
         "model": {"patch": 8, "decoder_width": 4, "latent_channels": 16, "quantizer": "none"},
+        "loss": {"noise_sync": 0.1},
         "trainer": {"steps": 400_000},
     },
     "tiny": {
