@@ -76,7 +76,7 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     crops = unseen_crops(config)
     crop_baseline = float(psnr(mean_colour_baseline(crops), crops).mean())
     crop_score = float(psnr(reconstruct(models["this run"], crops, config), crops).mean())
-    first, last = trainer.first_flow or math.nan, last_flow(run)
+    first, last = trainer.first_loss or math.nan, last_flow(run)
     bars = {
         f"flow loss {first:.4f} to {last:.4f}, under a quarter": last < first / 4,
         f"unseen crops of the training photographs {crop_score:.2f} dB, mean colour {crop_baseline:.2f} dB, "

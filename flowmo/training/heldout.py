@@ -1,4 +1,4 @@
-"""Held-out pictures measured as training goes: the curve, the best weights, and when to stop.
+"""Held-out data measured as training goes: the curve, the best weights, and when to stop.
 
 A perceptual loss can be cheated: its own distance falls while pictures get worse. So PSNR stands beside it always, and
 rFID, the published choice, can decide.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from flowmo.config import HeldoutConfig
 from flowmo.data import ImageFolder, center_crop, heldout_photographs, normalize, resize_shorter, to_tensor
 from flowmo.metrics import Moments, frechet_distance, psnr
 from flowmo.perceptual.inception import load_inception
-from flowmo.training.stage import Stage
+from flowmo.training.stage import Measure
+
+if TYPE_CHECKING:
+    from flowmo.training.autoencoder import AutoencoderStage
 
 CURVE = "heldout.jsonl"
 _HIGHER_IS_BETTER = {"psnr"}
@@ -28,47 +31,23 @@ _HIGHER_IS_BETTER = {"psnr"}
 class Heldout:
     """Measures the averaged model every so often, keeps the best one in RUN/best, and says when to stop.
 
-    RUN/heldout.jsonl is the curve: a line to a measurement, with PSNR in dB, the stage's perceptual distance where it
-    has one, rfid where that decides, and whether it was the best so far.
+    RUN/heldout.jsonl is the curve: a line to a measurement, with its numbers and whether it was the best so far.
 
     Args:
-        images: [N, 3, S, S] in [-1, 1].
+        score: numbers of a model, among them `config.metric`.
     """
 
-    def __init__(self, config: HeldoutConfig, stage: Stage, images: Tensor, run: Path) -> None:
-        self.config, self.stage, self.run = config, stage, run
-        self.images = images.to(stage.device)
+    def __init__(self, config: HeldoutConfig, score: Measure, run: Path) -> None:
+        self.config, self.score, self.run = config, score, run
         self.best: float | None = None
         self.best_step = 0
         self.worse = 0  # measurements since the best
-        self.inception = None
-        if config.metric == "rfid":
-            self.inception = load_inception(
-                config.inception_weights, resize="half_pixel", option="heldout.inception_weights"
-            ).to(stage.device)
-            self.originals = self._features(self.images)
-
-    def _features(self, images: Tensor) -> Moments:
-        assert self.inception is not None
-        moments = Moments()
-        for part in images.split(32):
-            moments.add(self.inception(part).pool)
-        return moments
 
     @torch.no_grad()
-    def measure(self, model: FlowMo) -> dict[str, float]:
-        """PSNR, perceptual distance, rFID of the model's reconstructions, sampled with the same noise every time."""
-        pictures = self.stage.pictures(model, self.images)
-        values = {"psnr": float(psnr(pictures, self.images).mean())}
-        parts = [self.stage.distance(a, b) for a, b in zip(self.images.split(32), pictures.split(32))]
-        distances = [p for p in parts if p is not None]
-        if distances:
-            values["perceptual"] = float(torch.cat(distances).mean())
-        if self.inception is not None:
-            values["rfid"] = frechet_distance(self.originals, self._features(pictures))
-        return values
+    def measure(self, model: Any) -> dict[str, float]:
+        return self.score(model)
 
-    def update(self, step: int, model: FlowMo) -> dict[str, float]:
+    def update(self, step: int, model: Any) -> dict[str, float]:
         """Measure, append to the curve, and keep the model if it is the best so far.
 
         Raises:
@@ -106,6 +85,43 @@ class Heldout:
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The lines of RUN/heldout.jsonl; none where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Reconstructions:
+    """Numbers of a model's reconstructions, sampled with the same noise every time.
+
+    PSNR in dB, the stage's perceptual distance where it has one, and rfid where that decides.
+
+    Args:
+        images: [N, 3, S, S] in [-1, 1].
+    """
+
+    def __init__(self, config: HeldoutConfig, stage: AutoencoderStage, images: Tensor) -> None:
+        self.stage, self.images = stage, images.to(stage.device)
+        self.inception = None
+        if config.metric == "rfid":
+            self.inception = load_inception(
+                config.inception_weights, resize="half_pixel", option="heldout.inception_weights"
+            ).to(stage.device)
+            self.originals = self._features(self.images)
+
+    def __call__(self, model: FlowMo) -> dict[str, float]:
+        pictures = self.stage.pictures(model, self.images)
+        values = {"psnr": float(psnr(pictures, self.images).mean())}
+        parts = [self.stage.distance(a, b) for a, b in zip(self.images.split(32), pictures.split(32))]
+        distances = [p for p in parts if p is not None]
+        if distances:
+            values["perceptual"] = float(torch.cat(distances).mean())
+        if self.inception is not None:
+            values["rfid"] = frechet_distance(self.originals, self._features(pictures))
+        return values
+
+    def _features(self, images: Tensor) -> Moments:
+        assert self.inception is not None
+        moments = Moments()
+        for part in images.split(32):
+            moments.add(self.inception(part).pool)
+        return moments
 
 
 def heldout_images(path: str, size: int, count: int) -> Tensor:  # [N, 3, size, size] in [-1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ class RunLog:
 
     On resuming, lines of steps after the checkpoint are dropped, so that every step stands there once.
 
+    Args:
+        shown: numbers that every printed line has besides the loss.
+
     Raises:
         ConfigError: trainer.wandb asks for wandb, which is not installed.
     """
 
-    def __init__(self, run: Path, total: int, step: int, config: Config) -> None:
+    def __init__(self, run: Path, total: int, step: int, config: Config, shown: Sequence[str] = ()) -> None:
         self._wandb = _start_wandb(run, config)
+        self.shown = shown
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
@@ -39,7 +44,7 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self.scalars(step, values)
-        line = f"flow {values['flow']:.4f}, {values['images_per_second']:.1f} images/s"
+        line = "".join(f"{k} {values[k]:.4f}, " for k in self.shown) + f"{values['images_per_second']:.1f} images/s"
         if self.bar.disable:
             print(f"step {step}: loss {values['loss']:.4f}, {line}", flush=True)
         else:

@@ -20,8 +20,8 @@ from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_resnet_distance
 from flowmo.perceptual.resnet import ResNetDistance
 from flowmo.sampling import euler_chain, random_times
+from flowmo.training.autoencoder import AutoencoderStage
 from flowmo.training.pretrain import flow_loss, sample_noise_levels
-from flowmo.training.stage import Stage
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -99,7 +99,7 @@ def posttrain_loss(
     return {"total": flow + config.weight * sample, "flow": flow, "sample": sample}
 
 
-class Posttrain(Stage):
+class Posttrain(AutoencoderStage):
     """The decoder alone, from the weights of a trained model."""
 
     name = "posttrain"

@@ -9,8 +9,8 @@ from flowmo.autoencoder import FlowMo
 from flowmo.config import Config, LossConfig, NoiseConfig
 from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_perceptual
+from flowmo.training.autoencoder import AutoencoderStage
 from flowmo.training.distributed import gather_rows
-from flowmo.training.stage import Stage
 
 
 def sample_noise_levels(
@@ -89,7 +89,7 @@ def pretrain_loss(
     return {"total": total, **report}
 
 
-class Pretrain(Stage):
+class Pretrain(AutoencoderStage):
     """Encoder and decoder together, then, from `optim.freeze_encoder_at` on, the decoder alone."""
 
     name = "pretrain"
@@ -103,7 +103,6 @@ class Pretrain(Stage):
             self.perceptual.to(device)
         if config.model.quantizer == "lfq":
             self.code_counts = torch.zeros(2**config.model.entropy_bits, dtype=torch.int64, device=device)
-        self.frozen = False
         self.loss = torch.compile(pretrain_loss) if config.trainer.compile else pretrain_loss
 
     def update(self, step: int) -> bool:

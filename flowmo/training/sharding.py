@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -32,11 +32,11 @@ def shard_(model: FlowMo, device: torch.device) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def exchange_gradients(model: FlowMo, on: bool) -> None:
+def exchange_gradients(model: nn.Module, on: bool) -> None:
     """Whether the next backward pass of a sharded model ends in the exchange of gradients."""
-    for part in (model.encoder, model.decoder):
+    for part in model.modules():
         if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(on)
+            part.set_requires_gradient_sync(on, recurse=False)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,29 +1,58 @@
-"""What a training stage brings to the loop: its model, its loss, its data, its pictures, and what of it is frozen.
+"""What a training stage brings to the loop: its model, its loss, its data, what is measured, drawn and said of it.
 
-The loop (`flowmo.training.loop.Trainer`) knows nothing else of a stage. The stages of the autoencoder share this class;
-another kind of model overrides more of it.
+The loop (:class:`flowmo.training.loop.Trainer`) knows nothing else of what it trains: models, batches and losses of any
+kind train in it, once a subclass of :class:`Stage` stands for them in the loop's table.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from flowmo.autoencoder import FlowMo
-from flowmo.config import Config, ConfigError, ModelConfig, from_yaml
-from flowmo.data import BatchSource, build_data
-from flowmo.tiles import reconstruct_tiled
-from flowmo.training import checkpoint
+from flowmo.config import Config, ConfigError
 from flowmo.training.distributed import Processes
-from flowmo.training.optim import AdamHoldEMA, mup_scales, scale_readouts_
-from flowmo.training.sharding import full, shard_
+from flowmo.training.sharding import full
+
+
+class Batches(Protocol):
+    """Endless batches, each a tensor or a tuple of tensors, with a position that can be restored."""
+
+    def __next__(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def describe(self) -> str: ...
+
+
+class Optimizer(Protocol):
+    """What the loop asks of an optimizer; it keeps the average as well.
+
+    Attributes:
+        average: the averaged weights of `Stage.trained`, by name. step_count: updates so far.
+    """
+
+    average: dict[str, Tensor]
+    step_count: int
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients that are there; they are cleared."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Measure = Callable[[Any], dict[str, float]]  # of an averaged model
 
 
 class Stage(nn.Module):
-    """One stage of training the autoencoder. Calling it with a batch gives its losses.
+    """One kind of training. Calling it with a batch gives its losses.
 
     Args:
         config: a checked configuration.
@@ -31,128 +60,104 @@ class Stage(nn.Module):
 
     Attributes:
         model: whose state dict goes into checkpoints. trained: the parameters that learn, by name.
-        code_counts: int64 [2^bits], how often each token was seen since it was last cleared, or None.
+        shown: the numbers that the progress line shows besides the loss; the first is the one that is followed.
     """
 
     name: ClassVar[str]
-    model: FlowMo
+    shown: ClassVar[tuple[str, ...]] = ()
+    model: nn.Module
+    trained: dict[str, nn.Parameter]
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__()
         self.config = config
         self.device = device
-        self.code_counts: Tensor | None = None
-        self.model = FlowMo(config.model).to(device)
-        for part in (self.model.encoder, self.model.decoder):
-            part.gradient_checkpointing = config.trainer.gradient_checkpointing
-            for parameter in part.unread_parameters():
-                parameter.requires_grad_(False)
-        base = config.optim.mup_base_width
-        if base is not None and config.init is None:
-            scale_readouts_(self.model, base)
-        self.trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises ConfigError where the stage cannot start, before anything is written."""
+
+    # Weights.
 
     def start_from(self, path: str) -> None:
-        """Take the averaged weights of a run, a model folder, a released checkpoint or a training checkpoint.
-
-        Raises:
-            ConfigError: a model of other sizes than the configuration's.
-            FileNotFoundError, CheckpointError, DamagedCheckpoint: as reading them raises.
-        """
-        mine = self.config.model
-        if checkpoint.is_checkpoint(Path(path)):
-            saved = checkpoint.read(path)
-            _check_sizes(mine, from_yaml(saved["config"]).model, path)
-            self.model.load_state_dict({**saved["model"], **saved["optimizer"]["average"]})
-            return
-        sizes = {"image_size": mine.image_size, "latent_tokens": mine.latent_tokens}
-        bits = mine.entropy_bits if mine.quantizer == "lfq" else None
-        model = FlowMo.from_pretrained(path, dtype=torch.float32, entropy_bits=bits, **sizes)
-        _check_sizes(mine, model.config, path)
-        self.model.load_state_dict(model.state_dict())
+        """Take the weights that `init=` names."""
+        raise ConfigError(f"init={path}: stage {self.name} starts from no other model")
 
     def shard(self) -> None:
         """Spread the weights over all processes (FSDP)."""
-        shard_(self.model, self.device)
-        self.trained = {k: p for k, p in self.model.named_parameters() if k in self.trained}
+        raise ConfigError(f"trainer.parallel=fsdp: stage {self.name} trains with ddp")
 
-    def optimizer(self) -> AdamHoldEMA:
-        """Made once the weights are those of step 0: the norms that it holds are those of now."""
-        base = self.config.optim.mup_base_width
-        scales = mup_scales(self.trained, self.config.model, base) if base is not None else {}
-        return AdamHoldEMA(self.trained, self.config.optim, scales)
+    def empty_model(self) -> nn.Module:
+        """A model like `self.model` without weights, on the meta device."""
+        raise NotImplementedError
 
-    def batches(self, processes: Processes) -> BatchSource:
+    def averaged(self, average: dict[str, Tensor]) -> Any:
+        """A copy of the model with averaged weights, in evaluation mode; of sharded weights all processes make it.
+
+        Its `save_pretrained(folder)` is what the loop saves of it.
+        """
+        with torch.device("meta"):  # no initial weights: they would cost time and the global random state
+            model = self.empty_model()
+        weights = {k: full(v.detach()).clone() for k, v in {**self.model.state_dict(), **average}.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.to(self.device).eval()
+
+    # Training.
+
+    def batches(self, processes: Processes) -> Batches:
         """This process's share of the training data."""
-        c = self.config
-        if c.data.path is None:
-            raise ConfigError(
-                "data.path is not set: name a folder of images, a tar archive, or data.path=samples for built-in ones"
-            )
-        return build_data(
-            c.data.path,
-            c.model.image_size,
-            c.data.batch // (c.trainer.accumulate * processes.world),
-            seed=c.trainer.seed,
-            workers=c.data.workers,
-            flip=c.data.flip,
-            scales=c.data.scales,
-            columns=c.data.columns,
-            device=self.device,
-            index=c.data.index,
-            max_failed=c.data.max_failed,
-            rank=processes.rank,
-            world=processes.world,
-        )
+        raise NotImplementedError
+
+    def optimizer(self) -> Optimizer:
+        """Made once the weights are those of step 0."""
+        raise NotImplementedError
+
+    def learning_rate(self, step: int, progress: float) -> float:
+        """Rate of the step after `step` steps, `progress` in [0, 1] being the part of the run that is done."""
+        raise NotImplementedError
 
     def update(self, step: int) -> bool:
         """Freeze or release parts for the step after `step` steps; True when what learns has changed."""
         return False
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Scalar losses of a batch; "total" carries the gradient, "flow" is the flow loss."""
-        raise TypeError(f"{type(self).__name__} has no loss")
+    def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scalar losses of a batch; "total" carries the gradient."""
+        raise NotImplementedError
 
-    def averaged(self, average: dict[str, Tensor]) -> FlowMo:
-        """A copy of the model with averaged weights, in evaluation mode; of sharded weights all processes make it."""
-        with torch.device("meta"):  # no initial weights: they would cost time and the global random state
-            model = FlowMo(self.config.model)
-        weights = {k: full(v.detach()).clone() for k, v in {**self.model.state_dict(), **average}.items()}
-        model.load_state_dict(weights, assign=True)
-        return model.to(self.device).eval()
+    def clip_(self, norm: Tensor) -> None:
+        """Shorten gradients of this norm, in place, where the stage bounds it."""
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """The stage's own perceptual distance of pictures [N, 3, S, S], [N]; None where it has none."""
-        return None
+    @property
+    def sequence(self) -> int:
+        """Tokens that attention sees at once."""
+        raise NotImplementedError
 
-    def pictures(
-        self,
-        model: FlowMo,
-        images: Tensor,  # [N, 3, H, W] in [-1, 1], sides multiples of the model's image size
-    ) -> Tensor:  # [N, 3, H, W]
-        """Reconstructions with the configured sampler and always the same noise."""
-        s = self.config.sampler
-        return reconstruct_tiled(
-            model,
-            images.to(self.device),
-            steps=s.steps,
-            rho=s.rho,
-            guidance=s.guidance,
-            guidance_interval=s.guidance_interval,
-            generator=torch.Generator().manual_seed(self.config.trainer.seed),
-        )
+    # What is said, measured and drawn.
+
+    def describe_model(self) -> str:
+        """The model's sizes, for the log, after its number of parameters."""
+        return type(self.model).__name__
 
     def describe(self) -> str:
-        """One line for the log."""
-        return f"perceptual loss: {self.config.loss.perceptual}"
+        """The stage's own part of the log's first lines."""
+        return f"stage {self.name}"
 
+    def statistics(self) -> dict[str, float]:
+        """Numbers gathered since the last call, for the log; all processes call it together."""
+        return {}
 
-def _check_sizes(mine: ModelConfig, theirs: ModelConfig, path: str) -> None:
-    pairs = [
-        f"model.{k}={getattr(theirs, k)} there and {v} here" for k, v in vars(mine).items() if getattr(theirs, k) != v
-    ]
-    if pairs:
-        raise ConfigError(
-            f"init={path} holds a model of other sizes ({', '.join(pairs[:4])}); give the preset and the model.* "
-            "settings that it was trained with"
-        )
+    def step_flops(self) -> float | None:
+        """Floating-point operations of one optimizer step over the whole batch; None where nobody has counted."""
+        return None
+
+    def samples(self, data: Batches) -> Any:
+        """What the grids show: kept for the whole run, and taken without moving the position of `data`."""
+        return None
+
+    def grid(self, model: Any, samples: Any) -> Image.Image | None:
+        """A picture of what the averaged model does with the samples; None where there is nothing to see."""
+        return None
+
+    def measure(self) -> Measure | None:
+        """What `heldout.every` measures, made in the first process alone; None, and said, where there is no data."""
+        return None

@@ -183,4 +183,4 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(tmp_pat
     content = torch.load(saved, weights_only=True)
     assert content["step"] == 6
     trainer.data.load_state_dict({**trainer.data.state_dict(), "position": position + 2 * 8})
-    assert torch.equal(content["images"][0], next(trainer.data))
+    assert torch.equal(content["batches"][0], next(trainer.data))

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo import FlowMo
 from flowmo.config import ConfigError, parse
 from flowmo.training import report
+from flowmo.training.autoencoder import code_statistics
 from flowmo.training.flops import peak_flops, step_flops, transformer_flops
-from flowmo.training.loop import Trainer, code_statistics
+from flowmo.training.loop import Trainer
 
 
 def config(run, *more):

@@ -1,0 +1,52 @@
+"""The folder of a run: whose it is, and what a command that resumes it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flowmo.config import Config, ConfigError, from_yaml, to_yaml
+from flowmo.files import atomic_write
+from flowmo.training import checkpoint
+
+# What may differ between a run's saved configuration and the command that resumes it.
+FREE_KEYS = (
+    *(f"trainer.{k}" for k in ("steps", "minutes", "log_every", "sample_every", "sample_images", "save_every")),
+    *(f"trainer.{k}" for k in ("keep", "keep_every", "device", "threads", "compile", "gradient_checkpointing")),
+    *(f"trainer.{k}" for k in ("accumulate", "parallel", "max_skipped", "profile", "wandb")),
+    *(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval")),
+    *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
+)
+
+
+def claim(run: Path, config: Config) -> None:
+    """Make the folder and write its config.yaml, or check that the one there is this run's.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of another configuration.
+    """
+    path = run / "config.yaml"
+    if path.exists():
+        mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
+        changed = [k for k in mine if k not in FREE_KEYS and mine[k] != saved.get(k)]
+        if changed and checkpoint.list_checkpoints(run):
+            pairs = ", ".join(f"{k}={saved.get(k)} there and {mine[k]} here" for k in changed[:4])
+            raise ConfigError(f"run={run} holds another run ({pairs}); name another run= or repeat its settings")
+    run.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda name: Path(name).write_text(to_yaml(config)))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Dotted keys to values, as YAML reads them back."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.create(to_yaml(config))), ""))
