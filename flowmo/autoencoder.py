@@ -1,6 +1,6 @@
 """FlowMo: pictures to tokens and back.
 
-Shapes: B images, S image side, T latent tokens, C latent channels, E bits a token, p patch side.
+Shapes: B images, S image side, T latent tokens, C latent channels, E of them to a token, p patch side.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from flowmo import pretrained
 from flowmo.config import ModelConfig, model_config
-from flowmo.engine import DecodePlan, EncodePlan, Engine, Schedule
+from flowmo.engine import DecodePlan, EncodePlan, Engine, Execution, Schedule, StepCache
 from flowmo.layers import patchify, unpatchify
-from flowmo.quantizer import Quantized, quantize
+from flowmo.quantizer import Quantized, code_tokens, codes_of_latent, quantize, token_codes
 from flowmo.solvers import sample
 from flowmo.transformer import MMDiT
-from flowmo_kernels import codes_to_tokens, tokens_to_codes
 
 
 class FlowMo(nn.Module):
@@ -46,6 +45,7 @@ class FlowMo(nn.Module):
             hidden=c.encoder_hidden,
             depth=c.encoder_depth,
             latent_channels=c.latent_channels,
+            latent_out=2 * c.latent_channels if c.quantizer == "kl" else None,  # mean and log-variance
             output="txt",
             **shared,
         )
@@ -71,14 +71,15 @@ class FlowMo(nn.Module):
     def latent(
         self,
         images: Tensor,  # [B, 3, S, S] in [-1, 1]
-    ) -> Tensor:  # [B, T, C]
+    ) -> Tensor:  # [B, T, C], or [B, T, 2 C] of quantizer kl
         """Encoder output before quantization (paper, eq. 1); the initial latent is all zeros."""
         patches = patchify(images, self.config.patch)
         zeros = patches.new_zeros(patches.shape[0], self.config.latent_tokens, self.config.latent_channels)
         return self.encoder(patches, zeros)
 
-    def quantize(self, latent: Tensor) -> Quantized:
-        return quantize(latent, self.config)
+    def quantize(self, latent: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Quantized:
+        """See :func:`flowmo.quantizer.quantize`; the options are of quantizer kl."""
+        return quantize(latent, self.config, sample, generator)
 
     def condition(
         self,
@@ -108,7 +109,9 @@ class FlowMo(nn.Module):
         images: Tensor,  # [B, 3, S, S], float, in [-1, 1]
         plan: bool = True,
     ) -> Tensor:  # [B, T, C]
-        """Codes of pictures: +-1 (fp32, bf16 or fp16 like the weights), or real numbers for continuous models.
+        """Codes of pictures, in the weights' dtype: +-1 (lfq), levels in [-1, 1] (fsq), or real numbers (kl, none).
+
+        A kl model's code is the mean.
 
         Args:
             plan: run the engine (see :meth:`encode_plan`); False runs the modules themselves, hooks and all.
@@ -118,24 +121,25 @@ class FlowMo(nn.Module):
         """
         self._check_images(images)
         if not plan or not images.shape[0]:
-            return self.quantize(self.latent(images.to(self.device, self.dtype))).codes
-        engine_plan = self.engine.encode_plan(self, images.shape[0], dtype=self._precision())
+            return codes_of_latent(self.latent(images.to(self.device, self.dtype)), self.config)
+        engine_plan = self.engine.encode_plan(self, images.shape[0], Execution(self._precision()))
         return engine_plan.run(images).to(self.dtype)
 
     def tokenize(
         self,
         images: Tensor,  # [B, 3, S, S], float, in [-1, 1]
-    ) -> Tensor:  # [B, T C / E] int64 in [0, 2^E)
+    ) -> Tensor:  # [B, T C / E] int64 in [0, vocabulary); E channels make a token
         """Integer tokens of pictures.
 
-        With fh = C / E groups per latent token, token n = t fh + g holds the channels k fh + g of latent token t
-        as its bits k, bit 0 the least significant: token = sum_k 2^k [code > 0].
+        With F = C / E groups per latent token, token n = t F + f holds the channels k F + f of latent token t. Of lfq
+        they are its bits k, bit 0 the least significant: token = sum_k 2^k [code > 0]. Of fsq they are the digits of
+        a mixed-radix number, the first level's the least significant (:func:`flowmo.quantizer.fsq_tokens`).
 
         Raises:
             TypeError, ValueError: as :meth:`encode`, or a continuous model, which has no tokens.
         """
         self._check_discrete()
-        return codes_to_tokens(self.encode(images), self.config.entropy_bits)
+        return code_tokens(self.encode(images), self.config)
 
     def detokenize(self, tokens: Tensor, **sampler: Any) -> Tensor:
         """Pictures [B, 3, S, S] of tokens [B, T C / E]; takes the options of :meth:`decode`.
@@ -150,13 +154,13 @@ class FlowMo(nn.Module):
             raise TypeError(f"tokens: expected an integer tensor [B, {c.tokens}], got {got}")
         if tokens.ndim != 2 or tokens.shape[1] != c.tokens:
             raise ValueError(f"tokens: expected shape [B, {c.tokens}], got {list(tokens.shape)}")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**c.entropy_bits:
+        size = c.vocabulary or 0
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise ValueError(
-                f"tokens: expected values in [0, {2**c.entropy_bits}), "
-                f"got {int(tokens.min())} to {int(tokens.max())}; tokens of another model?"
+                f"tokens: expected values in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}; tokens of "
+                "another model?"
             )
-        codes = tokens_to_codes(tokens.to(self.device).long(), c.entropy_bits, c.latent_channels)
-        return self.decode(codes, **sampler)
+        return self.decode(token_codes(tokens.to(self.device).long(), c), **sampler)
 
     @torch.no_grad()
     def decode(
@@ -207,7 +211,7 @@ class FlowMo(nn.Module):
         noise = noise.to(self.device, torch.float32)
         schedule = Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge)
         if plan:
-            engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, dtype=self._precision())
+            engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, Execution(self._precision()))
             return engine_plan.run(codes, noise)
         conditions = {True: self.condition(codes), False: self.condition(codes, keep=False)}
 
@@ -235,6 +239,7 @@ class FlowMo(nn.Module):
         dtype: torch.dtype | None = None,
         graph: bool = True,
         tail_merge: int | None = None,
+        cache: StepCache | None = None,
         fp8: bool = False,
         attention: str = "auto",
         drop_modulation: bool = False,
@@ -243,8 +248,8 @@ class FlowMo(nn.Module):
 
         The modulation of all steps is one table, weights are cast once, guided steps run both passes as one batch, and
         on CUDA the whole sampler is one graph. :meth:`decode` uses such plans by itself, in the weights' dtype. In
-        that dtype the picture is that of `decode(..., plan=False)` up to rounding; `tail_merge`, `fp8`, a solver other
-        than Euler and some attention backends change it (`flowmo.engine.psnr_to_exact` tells how much). Smaller
+        that dtype the picture is that of `decode(..., plan=False)` up to rounding; `tail_merge`, `cache`, `fp8`, other
+        solvers than Euler and some attention backends change it (`flowmo.engine.psnr_to_exact` tells how much). Smaller
         batches run padded. Plans are kept by options, the last few of them, and follow changes of the weights.
 
         Args:
@@ -252,6 +257,7 @@ class FlowMo(nn.Module):
             dtype: of weights and activations; None is bf16 on CUDA and the weights' dtype elsewhere. The sampler's
                 state stays in fp32.
             graph: capture one CUDA graph, now; without effect on other devices.
+            cache: evaluations that run the first blocks alone, `StepCache(steps=(13, 15), blocks=4)` for example.
             fp8: qkv and first MLP layers in row-scaled fp8 (compute capability 8.9 and newer).
             attention: backend of `flowmo_kernels.joint_attention`.
             drop_modulation: free the decoder's modulation weights (a third of it). The model then decodes with this
@@ -267,11 +273,9 @@ class FlowMo(nn.Module):
             self,
             batch,
             Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge),
-            dtype=dtype,
-            graph=graph,
-            fp8=fp8,
-            attention=attention,
-            drop=drop_modulation,
+            Execution(dtype, graph, fp8, attention),
+            cache,
+            drop_modulation,
         )
         plan.capture()
         return plan
@@ -288,7 +292,7 @@ class FlowMo(nn.Module):
         """An encoder prepared for up to `batch` pictures: `plan(images) -> codes`; options as :meth:`decode_plan`."""
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
-        plan = self.engine.encode_plan(self, batch, dtype=dtype, graph=graph, fp8=fp8, attention=attention)
+        plan = self.engine.encode_plan(self, batch, Execution(dtype, graph, fp8, attention))
         plan.capture()
         return plan
 
@@ -332,8 +336,11 @@ class FlowMo(nn.Module):
             )
 
     def _check_discrete(self) -> None:
-        if self.config.quantizer == "none":
-            raise ValueError("this model is continuous and has no tokens; use encode() and decode()")
+        if not self.config.discrete:
+            raise ValueError(
+                f"this model is continuous (quantizer {self.config.quantizer}) and has no tokens; use encode() and "
+                "decode()"
+            )
 
 
 def _pair(interval: tuple[float, float] | None) -> tuple[float, float] | None:

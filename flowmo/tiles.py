@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.autoencoder import FlowMo
-from flowmo.engine import DecodePlan, Schedule
+from flowmo.engine import DecodePlan, Execution, Schedule
 from flowmo.engine.weights import Modulation
 from flowmo.layers import patchify, unpatchify
 from flowmo.solvers import combine, make_solver
@@ -334,7 +334,7 @@ class _VelocityPlan(DecodePlan):
 
     def __init__(self, model: FlowMo, batch: int, schedule: Schedule, guide: bool) -> None:
         self._guide = guide
-        super().__init__(model, batch, schedule, dtype=model.dtype)
+        super().__init__(model, batch, schedule, Execution(model.dtype))
 
     def describe(self) -> str:
         return f"{'guided ' if self._guide else ''}velocity of {self.batch} tiles, {self.dtype} on {self.device}"

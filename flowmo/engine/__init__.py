@@ -5,5 +5,7 @@ from __future__ import annotations
 from flowmo.engine.cache import Engine, psnr_to_exact
 from flowmo.engine.decode import DecodePlan, Schedule
 from flowmo.engine.encode import EncodePlan
+from flowmo.engine.plan import Execution
+from flowmo.engine.step_cache import StepCache
 
-__all__ = ["DecodePlan", "EncodePlan", "Engine", "Schedule", "psnr_to_exact"]
+__all__ = ["DecodePlan", "EncodePlan", "Engine", "Execution", "Schedule", "StepCache", "psnr_to_exact"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowmo.engine.decode import DecodePlan, Schedule
 from flowmo.engine.encode import EncodePlan
-from flowmo.engine.plan import Plan
+from flowmo.engine.plan import Execution, Plan
+from flowmo.engine.step_cache import StepCache
 from flowmo.engine.weights import DROPPED, Modulation, TransformerWeights, drop_modulation, modulation_dropped
 from flowmo.transformer import MMDiT
 
@@ -49,43 +50,29 @@ class Engine:
         model: FlowMo,
         batch: int,
         schedule: Schedule,
-        *,
-        dtype: torch.dtype,
-        graph: bool = True,
-        fp8: bool = False,
-        attention: str = "auto",
+        execution: Execution,
+        cache: StepCache | None = None,
         drop: bool = False,
     ) -> DecodePlan:
         """The plan of these options, made where it is not kept already; its weights are up to date."""
-        self.weights(model, "decoder", dtype, fp8)
-        key = "decoder", schedule, dtype, graph, fp8, attention, model.device
+        self.weights(model, "decoder", execution.dtype, execution.fp8)
+        key = "decoder", schedule, execution, cache, model.device
         plan = self._find(key, batch)
         if plan is None:
-            options: dict[str, Any] = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
-            plan = self._keep(key, batch, DecodePlan(model, batch, schedule, **options))
+            plan = self._keep(key, batch, DecodePlan(model, batch, schedule, execution, cache))
         assert isinstance(plan, DecodePlan)
         if drop and not modulation_dropped(model.decoder):
             self._drop(model, plan)
             self._plans[key, plan.batch] = plan
         return plan
 
-    def encode_plan(
-        self,
-        model: FlowMo,
-        batch: int,
-        *,
-        dtype: torch.dtype,
-        graph: bool = True,
-        fp8: bool = False,
-        attention: str = "auto",
-    ) -> EncodePlan:
+    def encode_plan(self, model: FlowMo, batch: int, execution: Execution) -> EncodePlan:
         """As `decode_plan`, for the encoder."""
-        self.weights(model, "encoder", dtype, fp8)
-        key = "encoder", None, dtype, graph, fp8, attention, model.device
+        self.weights(model, "encoder", execution.dtype, execution.fp8)
+        key = "encoder", execution, model.device
         plan = self._find(key, batch)
         if plan is None:
-            options: dict[str, Any] = {"dtype": dtype, "graph": graph, "fp8": fp8, "attention": attention}
-            plan = self._keep(key, batch, EncodePlan(model, batch, **options))
+            plan = self._keep(key, batch, EncodePlan(model, batch, execution))
         assert isinstance(plan, EncodePlan)
         return plan
 
@@ -159,10 +146,10 @@ def psnr_to_exact(
 ) -> Tensor:  # [B] dB, infinite where nothing changed
     """PSNR of the pictures that `FlowMo.decode_plan(..., **options)` makes to those of the exact sampler.
 
-    The exact sampler has the same steps, spacing, guidance and dtype, takes Euler steps without tail merge, and uses
-    neither fp8 nor a named attention backend.
+    The exact sampler has the same steps, spacing, guidance and dtype, takes Euler steps without tail merge and without
+    step caching, and uses neither fp8 nor a named attention backend.
     """
-    exact = {k: v for k, v in options.items() if k not in ("tail_merge", "fp8", "attention", "solver")}
+    exact = {k: v for k, v in options.items() if k not in ("tail_merge", "cache", "fp8", "attention", "solver")}
     changed, reference = (model.decode_plan(len(codes), **o)(codes, noise) for o in (options, exact))
     error = (changed.double() - reference.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error)  # pictures span [-1, 1]

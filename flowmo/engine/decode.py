@@ -3,7 +3,8 @@
 Exact, up to the order of sums: modulation of all evaluations as one table, weights in the plan's dtype, rotary tables,
 the latent input projection once a picture (that of the null condition, all zeros, is its bias), the conditional and the
 null pass of a guided step as one batch, last layer + guidance + step + next patch embedding as one op, nothing computed
-that the picture does not need. Opt-ins that change the picture: tail_merge, fp8, solvers other than Euler.
+that the picture does not need. Opt-ins that change the picture: tail_merge, step caching, fp8 linear layers, attention
+in fp8 or int8, solvers other than Euler.
 
 Shapes: B images, S image side, T latent tokens, C latent channels, N image tokens, L = T + N, D width, P = 3 p^2.
 """
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.engine.plan import Plan
+from flowmo.engine.plan import Execution, Plan
+from flowmo.engine.step_cache import StepCache
 from flowmo.engine.trunk import Trunk
 from flowmo.layers import patchify, unpatchify
 from flowmo.sampling import guided_steps
@@ -67,25 +69,30 @@ class DecodePlan(Plan):
         model: FlowMo,
         batch: int,
         schedule: Schedule,
-        *,
-        dtype: torch.dtype,
-        graph: bool = True,
-        fp8: bool = False,
-        attention: str = "auto",
+        execution: Execution,
+        cache: StepCache | None = None,
     ) -> None:
         self.schedule = schedule
         self.guided = schedule.guided
         self.solver = make_solver(schedule.solver, schedule.times)
-        super().__init__(model, batch, dtype, attention, fp8, graph)
+        self.cache = StepCache(()) if cache is None or not cache.steps else cache
+        if self.cache.steps:
+            self.cache.check(self.guided, model.config.decoder_depth)
+        super().__init__(model, batch, execution)
 
     @property
-    def forwards(self) -> int:
-        return self.schedule.forwards
+    def forwards(self) -> float:
+        """Forward passes of one picture; with step caching one of some of the blocks counts as a part of one."""
+        return self.cache.forwards(self.guided, self.config.decoder_depth)
 
     def describe(self) -> str:
-        s = self.schedule
-        merged = f", last {s.tail_merge} as one" if s.tail_merge else ""
-        return f"{super().describe()}; {s.solver}, {s.steps} steps{merged}, {s.forwards} forward passes"
+        s, c = self.schedule, self.cache
+        words = [s.solver, f"{s.steps} steps"]
+        if s.tail_merge:
+            words.append(f"last {s.tail_merge} as one")
+        if c.steps:
+            words.append(f"{len(c.steps)} with {c.blocks} of {self.config.decoder_depth} blocks")
+        return f"{super().describe()}; {', '.join(words)}, {self.forwards:.4g} forward passes"
 
     def __call__(
         self,
@@ -120,6 +127,10 @@ class DecodePlan(Plan):
             if guided:
                 rows[: w.latents, 1] = w.txt_in.b
             self._rows[guided] = rows
+        # What the blocks after the first few added at the last full evaluation, by copy: condition, null condition.
+        self._stored = self.cache.stored(len(self.guided))
+        shape = w.length - w.latents, widest // b, b, w.width
+        self._rest = torch.empty(shape if self._stored else (0,), dtype=self.dtype, device=self.device)
 
     def _inputs(self) -> tuple[Tensor, ...]:
         return self._codes, self._noise
@@ -164,9 +175,19 @@ class DecodePlan(Plan):
         guided: bool,
     ) -> tuple[Tensor, Tensor | None]:  # image rows after the last block, of the condition and of the null condition
         rows, latents, b = self._rows[guided], self._weights.latents, self.batch
+        copies, width = rows.shape[1], rows.shape[3]
         rows[latents:].copy_(x.transpose(0, 1)[:, None])
-        state = self._trunk(rows.flatten(0, 2), rows.shape[1] * b, self._table.blocks[j])
-        h = gate_residual(*state).view(-1, rows.shape[1] * b, rows.shape[3]).transpose(0, 1)
+        cut = j in self.cache.steps
+        state, early = self._trunk(
+            rows.flatten(0, 2), copies * b, self._table.blocks[j],
+            last=self.cache.blocks if cut else None, early=self.cache.blocks if j in self._stored else None,
+        )  # fmt: skip
+        h = gate_residual(*state).view(-1, copies, b, width)
+        if cut:
+            h += self._rest[:, :copies]
+        if early is not None:
+            torch.sub(h, early.view_as(h), out=self._rest[:, :copies])
+        h = h.flatten(1, 2).transpose(0, 1)
         return (h[:b], h[b:]) if guided else (h, None)
 
     def _velocity(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # [B, N, P]

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowmo.engine.plan import Plan
 from flowmo.engine.trunk import Trunk
 from flowmo.layers import patchify
-from flowmo.quantizer import quantize
+from flowmo.quantizer import codes_of_latent
 from flowmo_kernels import gate_residual_norm_modulate
 
 if TYPE_CHECKING:
@@ -28,18 +28,6 @@ class EncodePlan(Plan):
     """Codes of pictures: `plan(images) -> codes`. Made by :meth:`FlowMo.encode_plan`."""
 
     part = "encoder"
-
-    def __init__(
-        self,
-        model: FlowMo,
-        batch: int,
-        *,
-        dtype: torch.dtype,
-        graph: bool = True,
-        fp8: bool = False,
-        attention: str = "auto",
-    ) -> None:
-        super().__init__(model, batch, dtype, attention, fp8, graph)
 
     def __call__(
         self,
@@ -69,8 +57,7 @@ class EncodePlan(Plan):
         w, b = self._weights, self.batch
         patches = patchify(self._images, self.config.patch)
         self._rows[w.latents :].copy_(F.linear(patches, w.img_in.w, w.img_in.b).transpose(0, 1))
-        _, y = gate_residual_norm_modulate(*self._trunk(self._rows.flatten(0, 1), b))
+        state, _ = self._trunk(self._rows.flatten(0, 1), b)
+        _, y = gate_residual_norm_modulate(*state)
         latent = F.linear(y.view(w.latents, b, -1).transpose(0, 1), w.out.w, w.out.b)
-        if self.config.quantizer == "none":
-            return quantize(latent, self.config).codes
-        return torch.where(latent > 0, 1.0, -1.0).to(latent.dtype)
+        return codes_of_latent(latent, self.config)

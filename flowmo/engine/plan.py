@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from flowmo.autoencoder import FlowMo
 
 log = logging.getLogger("flowmo.engine")
+
+
+class Execution(NamedTuple):
+    """How a plan computes. Row-scaled fp8 and some attention backends change the result beyond rounding."""
+
+    dtype: torch.dtype
+    graph: bool = True
+    fp8: bool = False
+    attention: str = "auto"
 
 
 class Plan(ABC):
@@ -38,14 +47,15 @@ class Plan(ABC):
 
     part: str  # "decoder" or "encoder"
 
-    def __init__(self, model: FlowMo, batch: int, dtype: torch.dtype, attention: str, fp8: bool, graph: bool) -> None:
+    def __init__(self, model: FlowMo, batch: int, execution: Execution) -> None:
+        dtype, graph, fp8, self.attention = execution
         if batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1 picture")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
         self._model = weakref.ref(model)
         self.config = model.config
-        self.batch, self.dtype, self.attention, self.fp8 = batch, dtype, attention, fp8
+        self.batch, self.dtype, self.fp8 = batch, dtype, fp8
         self.device = model.device
         check_fp8(fp8, self.device, dtype)
         self.graph = graph and self.device.type == "cuda"

@@ -112,24 +112,32 @@ class Trunk:
         x: Tensor,  # [L B, D], left as it is
         batch: int,
         modulation: Tensor | None = None,  # [depth, 6, 2, D]; None: no modulation (encoder)
-    ) -> Branch:  # of the live stream's rows
+        *,
+        last: int | None = None,
+        early: int | None = None,
+    ) -> tuple[Branch, Tensor | None]:
+        """The live stream's rows after `last` blocks (all of them), and its rows after `early` blocks, if asked for."""
         w = self.weights
         split, rows = w.latents * batch, w.length * batch
+        live_rows = slice(split, rows) if w.live == "img" else slice(0, split)
+        blocks, seen = w.blocks[:last], None
         state = Branch(x[None], x[None], None)
-        for i, block in enumerate(w.blocks):
+        for i, block in enumerate(blocks):
             m = None if modulation is None else modulation[i][:, None]  # [6, 1, 2, D]
             stream, y = self._norm(state, m, split, first=i == 0)
-            last = i + 1 == len(w.blocks)
-            o = self._attention(y, block, batch, w.live if last else None)
+            if i == early:
+                seen = stream[:, live_rows]
+            ends = i + 1 == len(blocks)
+            o = self._attention(y, block, batch, w.live if ends else None)
             parts: list[tuple[slice, StreamWeights]] = [(slice(0, split), block.txt), (slice(split, rows), block.img)]
-            if last:  # the live stream alone goes on
+            if ends:  # the live stream alone goes on
                 live = 1 if w.live == "img" else 0
                 part, weights = parts[live]
                 stream = stream[:, part]
                 m = None if m is None else m[:, :, live]  # [6, 1, D]
                 split, parts = 0, [(slice(0, stream.shape[1]), weights)]
             state = self._mlp(stream, o, m, split, parts)
-        return state
+        return state, seen
 
     def _norm(self, state: Branch, m: Tensor | None, split: int, first: bool) -> tuple[Tensor, Normed]:
         shift, scale = (None, None) if m is None else (m[0], m[1])
