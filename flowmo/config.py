@@ -153,8 +153,8 @@ class LossConfig:
     perceptual_weight: float = 0.1
     entropy: float = 0.0025
     commitment: float = 0.000625
-    # Of quantizer kl: weight of KL(N(mean, variance) || N(0, 1)), nats, mean over the latent's numbers. The paper has no
-    # such model; weak, as in latent diffusion, so that the code is bounded and smooth but keeps its details.
+    # Of quantizer kl: weight of KL(N(mean, variance) || N(0, 1)), nats, mean over the latent's numbers. The paper has
+    # no such model; weak, as in latent diffusion, so that the code stays bounded and smooth but keeps its details.
     kl: float = 1e-4
     condition_dropout: float = 0.1
     # Of continuous codes: probability with which a sample's code is noised in training, c' = (1 - s) c + s e with e
@@ -363,7 +363,7 @@ def check(config: Config) -> None:
         )
     if config.init_part != "all" and (config.stage != "pretrain" or config.init is None):
         raise ConfigError(
-            f"init_part={config.init_part} is for stage=pretrain with init=: a run or model whose encoder training takes"
+            f"init_part={config.init_part} is for stage=pretrain with init=, a run or model that gives its encoder"
         )
     if config.stage == "posttrain" and config.init is None:
         raise ConfigError("stage=posttrain needs init=: a pre-training run, a model folder or a released checkpoint")

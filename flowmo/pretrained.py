@@ -43,6 +43,7 @@ def load(
     image_size: int = 256,
     latent_tokens: int = 256,
     entropy_bits: int | None = None,
+    fsq_levels: list[int] | None = None,
 ) -> FlowMo:
     """Load a model in evaluation mode.
 
@@ -51,8 +52,9 @@ def load(
             (its `model` folder is taken), or, with the `hub` extra, the name OWNER/NAME of a hub repository.
         ema: of a released checkpoint, take the averaged weights (as published evaluations do) or the raw ones.
         dtype: cast the weights; None keeps the file's.
-        image_size, latent_tokens, entropy_bits: what a released checkpoint cannot say. Everything else is read
-            off its shapes; entropy_bits follows from 18 or 56 latent channels.
+        image_size, latent_tokens, entropy_bits, fsq_levels: what a released checkpoint cannot say. Everything else is
+            read off its shapes; entropy_bits follows from 18 or 56 latent channels, and `fsq_levels` says that the
+            quantizer is fsq.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -69,7 +71,7 @@ def load(
         config, state = _read_safetensors(path)
     else:
         state = _read_released(path, ema)
-        config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path))
+        config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path), fsq_levels)
     with torch.device("meta"):  # no time spent on initial weights that are replaced at once
         model = cls(config)
     check_keys(model.state_dict(), state, str(path))
@@ -113,6 +115,7 @@ def infer_config(
     latent_tokens: int = 256,
     entropy_bits: int | None = None,
     source: str = "state dict",
+    fsq_levels: list[int] | None = None,
 ) -> ModelConfig:
     """Read the sizes of a model off the shapes of its weights.
 
@@ -136,11 +139,17 @@ def infer_config(
     }
     hidden, patch_dim = shape("encoder.img_in.weight")
     channels = shape("encoder.txt_in.weight")[1]
-    continuous = entropy_bits is None and channels == 16
-    if entropy_bits is None and not continuous and channels not in ENTROPY_BITS:
+    quantizer, levels = "lfq", {}
+    if shape("encoder.final_layer_txt.linear.weight")[0] == 2 * channels:
+        quantizer = "kl"
+    elif fsq_levels is not None:
+        quantizer, levels = "fsq", {"fsq_levels": fsq_levels}
+    elif entropy_bits is None and channels == 16:
+        quantizer = "none"
+    elif entropy_bits is None and channels not in ENTROPY_BITS:
         raise CheckpointError(
             f"{source}: {channels} latent channels do not tell the bits of a token (18 have 9, 56 have 14, "
-            "16 are the continuous model); pass entropy_bits="
+            "16 are the continuous model); pass entropy_bits=, or fsq_levels= of a model with quantizer fsq"
         )
     return ModelConfig(
         image_size=image_size,
@@ -153,7 +162,8 @@ def infer_config(
         latent_tokens=latent_tokens,
         latent_channels=channels,
         entropy_bits=entropy_bits or ENTROPY_BITS.get(channels, 9),
-        quantizer="none" if continuous else "lfq",
+        quantizer=quantizer,
+        **levels,
     )
 
 

@@ -129,7 +129,7 @@ class MMDiT(nn.Module):
     Args:
         grid: image tokens per side.
         patch_dim: numbers in a patch, 3 p^2.
-        latent_channels: numbers in a latent token, going in and coming out.
+        latent_channels: numbers in a latent token, going in; also coming out, unless `latent_out` says otherwise.
         output: the stream whose head is used: "img" in the decoder, "txt" (the latent) in the encoder. The other
             head, and in the encoder the time and modulation weights, exist because released checkpoints carry
             them; nothing reads them.
@@ -146,6 +146,7 @@ class MMDiT(nn.Module):
         patch_dim: int,
         latent_channels: int,
         output: Stream,
+        latent_out: int | None = None,
     ) -> None:
         super().__init__()
         self.latent_tokens = latent_tokens
@@ -158,7 +159,7 @@ class MMDiT(nn.Module):
             DoubleStreamBlock(hidden, heads, live=output if i == depth - 1 else None) for i in range(depth)
         )
         self.final_layer_img = LastLayer(hidden, patch_dim)
-        self.final_layer_txt = LastLayer(hidden, latent_channels)
+        self.final_layer_txt = LastLayer(hidden, latent_out or latent_channels)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         cos, sin = rope_tables(latent_tokens, grid, hidden // heads)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowmo.autoencoder import FlowMo
+from flowmo.quantizer import code_tokens
 from flowmo.tiles import merge_tiles, split_tiles
-from flowmo_kernels import codes_to_tokens
 
 
 class Reconstruction(NamedTuple):
@@ -72,7 +72,7 @@ class FlowMoTokenizer:
         if self.side % size:
             raise ValueError(f"size {self.side}: expected a multiple of the model's {size} pixels")
         c = model.config
-        self.vocabulary = None if c.quantizer == "none" else 2**c.entropy_bits
+        self.vocabulary = c.vocabulary
 
     def __call__(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         c = self.model.config
@@ -83,7 +83,7 @@ class FlowMoTokenizer:
             codes = self.model.encode(part.to(self.model.device))
             pictures.append(self.model.decode(codes, noise=start, **self.sampler))
             if self.vocabulary is not None:
-                tokens.append(codes_to_tokens(codes, c.entropy_bits))
+                tokens.append(code_tokens(codes, c))
         return Reconstruction(
             merge_tiles(torch.cat(pictures), *images.shape[2:]), torch.cat(tokens) if tokens else None
         )

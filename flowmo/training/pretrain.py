@@ -18,12 +18,14 @@ def sample_noise_levels(
     law: NoiseConfig,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
-) -> Tensor:  # [batch] in (0, 1), fp32
+) -> Tensor:  # [batch] in [0, 1], fp32
     """Noise levels t: logit-normal with thick tails, plain logit-normal, or uniform.
 
     The thick-tailed law is sigmoid(mean + std n) for standard normal n, replaced by a uniform number with
-    probability `tail` (supplement A; the released implementation takes 0.1).
+    probability `tail` (supplement A; the released implementation takes 0.1). The law "one" is t = 1 throughout.
     """
+    if law.law == "one":
+        return torch.ones(batch, device=device)
     uniform = torch.rand(batch, generator=generator, device=device)
     if law.law == "uniform":
         return uniform
@@ -39,6 +41,19 @@ def flow_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
     return (velocity.float() - (noise.float() - data.float())).square().mean()
 
 
+def noise_synced(
+    codes: Tensor,  # [B, T, C]
+    t: Tensor,  # [B] noise levels of the pictures
+    probability: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # [B, T, C]
+    """Some samples' codes mixed with noise of a level uniform from 0 to their picture's."""
+    s, chosen = torch.rand(2, len(t), generator=generator, device=t.device)
+    s = torch.where(chosen < probability, s * t, 0.0)[:, None, None].to(codes.dtype)
+    noise = torch.randn(codes.shape, generator=generator, device=codes.device).to(codes.dtype)
+    return (1 - s) * codes + s * noise
+
+
 def pretrain_loss(
     model: FlowMo,
     images: Tensor,  # [B, 3, S, S] in [-1, 1], fp32
@@ -47,22 +62,27 @@ def pretrain_loss(
     perceptual: nn.Module | None = None,
     generator: torch.Generator | None = None,
     frozen_encoder: bool = False,
-    code_counts: Tensor | None = None,  # int64 [2^bits], to which the tokens of the batch are added
+    code_counts: Tensor | None = None,  # int64 [vocabulary], to which the tokens of the batch are added
 ) -> dict[str, Tensor]:  # scalars, fp32; "total" carries the gradient
     """L_flow + perceptual L_perc + entropy L_ent + commitment L_commit (paper, eq. 9).
 
-    The perceptual distance is taken on the one-step denoised picture x_t - t v (eq. 6 in the released sign). The
+    Entropy and commitment are those of LFQ; quantizer kl has a divergence instead, and fsq and none have nothing. The
+    perceptual distance is taken on the one-step denoised picture x_t - t v (eq. 6 in the released sign). The
     conditioning of a sample is dropped with probability `condition_dropout`; entropy and commitment see every
     sample. With a frozen encoder the codes carry no gradient and the quantizer's losses are reported only. The
     entropy of the codebook is that of this batch, as in the released implementation, or with `loss.codebook_entropy`
-    "world" that of the batches of all processes.
+    "world" that of the batches of all processes. Codes of quantizer kl are draws, here and nowhere else.
+
+    With probability `noise_sync`, a sample's code c becomes (1 - s) c + s e, e standard normal, s uniform on [0, t]:
+    never noisier than its picture, so that a noisy code still says what a picture of that noise level shows (DiTo,
+    Chen et al. 2025; there s is drawn first, then t uniform on [s, 1]; here t keeps its law).
     """
     c = model.config
     data = patchify(images, c.patch)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
         latent = model.latent(images)
-        quantized = model.quantize(latent)
-        if loss.codebook_entropy == "world" and quantized.tokens is not None:
+        quantized = model.quantize(latent, sample=True, generator=generator)
+        if loss.codebook_entropy == "world" and quantized.codebook_entropy is not None:
             of_all = model.quantize(gather_rows(latent))
             quantized = quantized._replace(codebook_entropy=of_all.codebook_entropy)
     if code_counts is not None and quantized.tokens is not None:
@@ -73,15 +93,13 @@ def pretrain_loss(
     keep = torch.rand(len(images), generator=generator, device=images.device) >= loss.condition_dropout
     level = t[:, None, None]
     x_t = level * z + (1 - level) * data
-    velocity = model.velocity(x_t, t, model.condition(quantized.codes, keep))
+    codes = quantized.codes
+    if loss.noise_sync:
+        codes = noise_synced(codes, t, loss.noise_sync, generator)
+    velocity = model.velocity(x_t, t, model.condition(codes, keep))
     flow = flow_loss(velocity, data, z)
     total = flow + quantized.loss(loss)
-    report = {
-        "flow": flow,
-        "entropy_per_sample": quantized.per_sample_entropy,
-        "entropy_codebook": quantized.codebook_entropy,
-        "commitment": quantized.commitment,
-    }
+    report = {"flow": flow, **quantized.losses()}
     if perceptual is not None:
         denoised = unpatchify(x_t - level * velocity.float(), c.patch, c.image_size)
         report["perceptual"] = perceptual(images, denoised).mean()
@@ -101,8 +119,8 @@ class Pretrain(AutoencoderStage):
         )
         if self.perceptual is not None:
             self.perceptual.to(device)
-        if config.model.quantizer == "lfq":
-            self.code_counts = torch.zeros(2**config.model.entropy_bits, dtype=torch.int64, device=device)
+        if config.model.vocabulary is not None:
+            self.code_counts = torch.zeros(config.model.vocabulary, dtype=torch.int64, device=device)
         self.loss = torch.compile(pretrain_loss) if config.trainer.compile else pretrain_loss
 
     def update(self, step: int) -> bool:
