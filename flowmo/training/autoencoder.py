@@ -45,7 +45,7 @@ class AutoencoderStage(Stage):
             for parameter in part.unread_parameters():
                 parameter.requires_grad_(False)
         base = config.optim.mup_base_width
-        if base is not None and config.init is None:
+        if base is not None and (config.init is None or config.init_part == "encoder"):
             scale_readouts_(self.model, base)
         self.trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
 
@@ -59,6 +59,8 @@ class AutoencoderStage(Stage):
     def start_from(self, path: str) -> None:
         """Take the averaged weights of a run, a model folder, a released checkpoint or a training checkpoint.
 
+        With `init_part` "encoder" the decoder keeps its own.
+
         Raises:
             ConfigError: a model of other sizes than the configuration's.
             FileNotFoundError, CheckpointError, DamagedCheckpoint: as reading them raises.
@@ -67,13 +69,22 @@ class AutoencoderStage(Stage):
         if checkpoint.is_checkpoint(Path(path)):
             saved = checkpoint.read(path)
             _check_sizes(mine, from_yaml(saved["config"]).model, path)
-            self.model.load_state_dict({**saved["model"], **saved["optimizer"]["average"]})
+            self._take({**saved["model"], **saved["optimizer"]["average"]})
             return
         sizes = {"image_size": mine.image_size, "latent_tokens": mine.latent_tokens}
         bits = mine.entropy_bits if mine.quantizer == "lfq" else None
-        model = FlowMo.from_pretrained(path, dtype=torch.float32, entropy_bits=bits, **sizes)
+        levels = mine.fsq_levels if mine.quantizer == "fsq" else None
+        model = FlowMo.from_pretrained(path, dtype=torch.float32, entropy_bits=bits, fsq_levels=levels, **sizes)
         _check_sizes(mine, model.config, path)
-        self.model.load_state_dict(model.state_dict())
+        self._take(model.state_dict())
+
+    def _take(self, weights: dict[str, Tensor]) -> None:
+        if self.config.init_part == "encoder":
+            self.model.encoder.load_state_dict(
+                {k.removeprefix("encoder."): w for k, w in weights.items() if k.startswith("encoder.")}
+            )
+        else:
+            self.model.load_state_dict(weights)
 
     def shard(self) -> None:
         shard_(self.model, self.device)
