@@ -33,7 +33,7 @@ def command(module: str, *arguments: object, cwd: Path) -> subprocess.CompletedP
 
 def test_dry_run_prints_the_resolved_configuration(tmp_path):
     done = command("flowmo.train", "hi", "optim.lr=2e-4", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "latent_channels: 56" in done.stdout and "lr: 0.0002" in done.stdout and "run: runs/hi" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -49,7 +49,7 @@ def test_dry_run_prints_the_resolved_configuration(tmp_path):
 )
 def test_mistakes_end_in_one_paragraph(tmp_path, arguments, words):
     done = command("flowmo.train", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stdout + done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
@@ -60,7 +60,7 @@ def test_debug_shows_where(tmp_path):
 def test_empty_folder_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     done = command("flowmo.train", "tiny", "data.path=empty", cwd=tmp_path)
-    assert done.returncode == 1 and "empty" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "empty" in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
 
 
 def test_reconstruct_files_and_folders(tmp_path):
@@ -76,7 +76,7 @@ def test_reconstruct_files_and_folders(tmp_path):
         "flowmo.reconstruct", "photos", photos / "coffee.jpg", "--checkpoint", "model", "--out", "out", "--size", 64,
         "--steps", 2, "--batch", 3, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for name in names:
         with Image.open(tmp_path / "out" / "deep" / f"{name}.png") as picture:
             assert picture.size == (64, 64)
@@ -90,7 +90,7 @@ def test_quickstart_with_a_few_steps(tmp_path):
     """The whole of the main job, too short to reach its bars, and again from where it ended."""
     arguments = ["quickstart", "trainer.steps=24", "trainer.log_every=4", "trainer.minutes=null", "sampler.steps=2"]
     done = command("flowmo.train", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "quickstart"
     for words in ("mean colour", "bits per pixel", "coffee", "NOT MET", "reconstructions.png"):
         assert words in done.stdout
@@ -99,7 +99,7 @@ def test_quickstart_with_a_few_steps(tmp_path):
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.width > 7 * 128 and picture.height >= 2 * 128
     again = command("flowmo.train", *arguments, cwd=tmp_path)
-    assert again.returncode == 0 and "is finished at step 24" in again.stdout
+    assert again.returncode == 0 and "is finished at step 24" in again.stdout, again.stdout + again.stderr
 
 
 def test_import_touches_neither_triton_nor_the_network(tmp_path):
@@ -113,5 +113,5 @@ def test_import_touches_neither_triton_nor_the_network(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "32"

@@ -233,7 +233,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 script.py two".split()
     done = subprocess.run([sys.executable, *torchrun], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("saved:") == 1
     results = [json.loads(Path(name).read_text()) for name in ("one", "two")]
     commands = [json.loads(Path(f"{name}.command").read_text()) for name in ("one", "two")]

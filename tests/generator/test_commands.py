@@ -120,7 +120,7 @@ def test_two_processes_make_the_same_cache(photos, tokenizer, tmp_path):
          "--crop", "ten-crop"],
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 pictures of this process, one of 2" in done.stdout
     one, two = TokenCache.open(tmp_path / "one"), TokenCache.open(tmp_path / "two")
     assert one.header == two.header and np.array_equal(one.packed, two.packed)

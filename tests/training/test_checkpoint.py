@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from flowmo.training import checkpoint
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import environment, run
 
 
 def state(step: int) -> dict[str, object]:
@@ -150,12 +149,6 @@ def command(run: Path, steps: int, *more: str) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    settings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    settings.pop("TRITON_INTERPRET", None)
-    return settings
-
-
 def lines(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -165,8 +158,8 @@ def lines(run: Path) -> list[dict[str, float]]:
 def test_kill_9_and_the_same_command_equal_a_straight_run(tmp_path):
     """40 steps straight; 20 and some, SIGKILL, and the same command again: the same losses and the same state."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    subprocess.run(command(straight, 40), env=environment(), check=True, capture_output=True, cwd=tmp_path)
-    process = subprocess.Popen(command(broken, 40), env=environment(), stdout=subprocess.DEVNULL, cwd=tmp_path)
+    run(command(straight, 40), cwd=tmp_path)
+    process = subprocess.Popen(command(broken, 40), env=environment(), cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (found := lines(broken)) or found[-1]["step"] < 24:
         assert process.poll() is None and time.monotonic() < deadline
@@ -175,7 +168,7 @@ def test_kill_9_and_the_same_command_equal_a_straight_run(tmp_path):
     process.wait()
     newest = checkpoint.newest(broken)
     assert newest is not None and newest[1]["step"] in (20, 30)
-    subprocess.run(command(broken, 40), env=environment(), check=True, capture_output=True, cwd=tmp_path)
+    run(command(broken, 40), cwd=tmp_path)
 
     measured = ("images_per_second", "seconds_per_step", "peak_memory_gib")
     numbers = [[{k: v for k, v in line.items() if k not in measured} for line in lines(r)] for r in (straight, broken)]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +15,8 @@ from flowmo.config import ConfigError, parse
 from flowmo.data import heldout_photographs
 from flowmo.training import checkpoint, distributed
 from flowmo.training.loop import Trainer
+from tests.processes import together
 
-ROOT = Path(__file__).parents[2]
 MEASURED = ("images_per_second", "seconds_per_step", "peak_memory_gib")
 
 # With Adam's usual eps a gradient's sign decides, also where it is all rounding; with this one the step is smooth.
@@ -35,36 +31,23 @@ def arguments(run: Path, steps: int, accumulate: int, *more: str) -> list[str]:
     ]
 
 
-def together(code: str, *given: str) -> list[int]:
-    """Run a script in two processes as torchrun would start them; their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    settings.pop("TRITON_INTERPRET", None)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, *given], env={**settings, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    return [p.wait(timeout=200) for p in processes]
-
-
-TRAIN = "import sys; from flowmo.train import main; main(sys.argv[1:])"
-
 TRAIN_ALL = "import json, sys; from flowmo.train import main; [main(a) for a in json.loads(sys.argv[1])]"
 
+# Both processes are killed in the last of the runs, 24 steps into it.
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
+from flowmo.train import main
 from flowmo.training.loop import Trainer
+*runs, last = json.loads(sys.argv[1])
+for run in runs:
+    main(run)
 train_step = Trainer.train_step
 def dying(self):
-    if self.step == 5:
+    if self.step == 24:
         os.kill(os.getpid(), signal.SIGKILL)
     return train_step(self)
 Trainer.train_step = dying
-from flowmo.train import main
-main(sys.argv[1:])
+main(last)
 """
 
 ENTROPY = """
@@ -121,36 +104,77 @@ def close(a: Path, b: Path, step: int) -> None:
             assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-6), (key, one["step"])
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_survive_sigkill_and_go_on_as_one(tmp_path):
-    (tmp_path / "photographs").mkdir()
+def only(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run that ends with the checkpoint of `step`."""
+    shutil.copytree(run, copy)
+    for path in checkpoint.list_checkpoints(copy):
+        if path.stem != f"step_{step:08d}":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> str:
+    """Photographs as files, 64 pixels high; the option that trains on them."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
     for name, picture in heldout_photographs().items():
-        picture.resize((64 * picture.width // picture.height, 64)).save(tmp_path / "photographs" / f"{name}.png")
-    more = [f"data.path={tmp_path / 'photographs'}"]
+        picture.resize((64 * picture.width // picture.height, 64)).save(folder / f"{name}.png")
+    return f"data.path={folder}"
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_go_on_from_each_others_checkpoints(tmp_path: Path, photographs: str) -> None:
+    """2 x 2 micro-batches against 4, past the step at which the encoder freezes: the same global batches, to rounding."""
     one, two = tmp_path / "one", tmp_path / "two"
-    alone(one, 7, 4, *more)
-    assert together(TRAIN, *arguments(two, 7, 2, *more)) == [0, 0]
-    # 2 x 2 micro-batches against 4, past the step at which the encoder freezes.
+    alone(one, 7, 4, photographs)
+    from_one = only(one, 3, tmp_path / "from_one")
+    together(TRAIN_ALL, json.dumps([arguments(run, 7, 2, photographs) for run in (two, from_one)]))
     close(one, two, 7)
+    close(one, from_one, 7)
     assert len(lines(two)) == 7, "one process writes"
-    broken = tmp_path / "broken"
-    assert together(KILLED, *arguments(broken, 7, 2, *more)) == [-signal.SIGKILL] * 2
-    assert [p.stem[-1] for p in checkpoint.list_checkpoints(broken)] == ["3"]
-    # On as two: bit for bit. On as one with the same micro-batches: to rounding.
-    as_one = tmp_path / "as_one"
-    as_one.mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
-        subprocess.run(["cp", "-r", str(broken / name), str(as_one / name)], check=True)
-    assert together(TRAIN, *arguments(broken, 7, 2, *more)) == [0, 0]
-    a, b = state(two, 7), state(broken, 7)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert lines(two) == lines(broken)
-    alone(as_one, 7, 4, *more)
-    close(two, as_one, 7)
+    from_two = only(two, 3, tmp_path / "from_two")
+    alone(from_two, 7, 4, photographs)
+    close(two, from_two, 7)
+
+
+@pytest.mark.slow
+def test_two_processes_survive_kill_9_bit_for_bit(tmp_path: Path, photographs: str) -> None:
+    """40 steps straight equal 20, SIGKILL within the next ten, and 20 more, the encoder freezing on the way."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    more = ["trainer.save_every=10", "trainer.sample_every=100", "optim.freeze_encoder_at=25", photographs]
+    given = [arguments(run, 40, 2, *more) for run in (straight, broken)]
+    together(KILLED, json.dumps(given), exit_code=-signal.SIGKILL)
+    assert [p.stem[-2:] for p in checkpoint.list_checkpoints(broken)] == ["10", "20"]
+    assert len(lines(straight)) == 40 and len(lines(broken)) == 24
+    together(TRAIN_ALL, json.dumps(given[1:]))
+    assert lines(straight) == lines(broken)
+    a, b = (checkpoint.read(checkpoint.path_of(run, 40)) for run in (straight, broken))
+    for part in ("exp_avg", "exp_avg_sq", "average", "norm"):
+        assert all(torch.equal(v, b["optimizer"][part][k]) for k, v in a["optimizer"][part].items()), part
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    assert a["data"] == b["data"] and torch.equal(a["random"]["torch"], b["random"]["torch"])
+
+
+TAKES_THE_PORT = """
+import errno, os, socket, sys
+try:
+    socket.create_server(("", int(os.environ["MASTER_PORT"])))
+except OSError as error:
+    print("rank", os.environ["RANK"], errno.errorcode[error.errno])
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def test_nobody_can_take_the_rendezvous_and_a_failure_shows_all_that_was_printed() -> None:
+    """A port that is picked and not yet bound can be taken: that once failed a sharded run in a parallel suite."""
+    assert together(TAKES_THE_PORT, "0") == ["rank 0 EADDRINUSE\n", "rank 1 EADDRINUSE\n"]
+    with pytest.raises(AssertionError, match=r"exited with 3:\nrank 0 EADDR.*\n\nprocess 1 exited with 3:\nrank 1 EADDR"):
+        together(TAKES_THE_PORT, "3")
 
 
 def test_entropy_over_all_processes_and_its_gradient(tmp_path):
-    assert together(ENTROPY, str(tmp_path / "out.pt")) == [0, 0]
+    together(ENTROPY, str(tmp_path / "out.pt"))
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     torch.manual_seed(0)
     model = FlowMo("tiny")
@@ -166,15 +190,6 @@ def test_batches_that_do_not_divide_are_named(tmp_path, monkeypatch):
         Trainer(parse(["tiny", f"run={tmp_path}"]))
 
 
-def only(run: Path, step: int, copy: Path) -> Path:
-    """A copy of a run that ends with the checkpoint of `step`."""
-    shutil.copytree(run, copy)
-    for path in checkpoint.list_checkpoints(copy):
-        if path.stem != f"step_{step:08d}":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return copy
-
-
 @pytest.mark.slow
 def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path):
     """FSDP2 with two gloo ranks: the same training, shards that one process loads, and a file that two ranks load."""
@@ -183,7 +198,7 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path):
     file_to_two = only(one, 3, tmp_path / "file_to_two")
     runs = [(two, 4), (two, 7), (file_to_two, 7)]  # the second goes on from shards, the third from a whole file
     given = [arguments(run, steps, 2, "trainer.parallel=fsdp") for run, steps in runs]
-    assert together(TRAIN_ALL, json.dumps(given)) == [0, 0]
+    together(TRAIN_ALL, json.dumps(given))
     close(one, two, 7)
     close(one, file_to_two, 7)
     assert [p.name for p in checkpoint.list_checkpoints(two)] == [f"step_0000000{n}" for n in (4, 6, 7)]
