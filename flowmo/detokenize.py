@@ -17,15 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import flowmo_kernels
 from flowmo import cli
 from flowmo.data import save_png
-from flowmo.data.tokens import layout_of
-from flowmo.format import SUFFIX, TokenFile, TokenFileError
+from flowmo.format import SUFFIX, TokenFile, TokenFileError, file_layout
 from flowmo.solvers import SOLVERS
 from flowmo.tiles import TileDecoder
 from flowmo.tokenize import open_model
+
+Readable = tuple[Path, TokenFile, Tensor]  # a file with its codes
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
         TokenFile.read(inputs[0][0])  # a damaged file is said before a large model is loaded
 
     model = open_model(options.checkpoint, options.device, "fp32")
-    layout = layout_of(model)
+    layout = file_layout(model)
     if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
         model.to(torch.bfloat16)
     interval = None if options.guide_all else (0.17, 1.02)
@@ -62,23 +64,24 @@ def main(arguments: list[str]) -> int:
     )
     failed = 0
 
-    def readable() -> Iterator[tuple[Path, TokenFile]]:
+    def readable() -> Iterator[Readable]:
         nonlocal failed
         for path, _ in inputs:
             try:
                 file = TokenFile.read(path)
                 file.check(model, layout, str(path), options.any_tokenizer)
+                codes = file.codes(layout, str(path))
             except TokenFileError as error:
                 if one:
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
                 failed += 1
                 continue
-            yield path, file
+            yield path, file, codes
 
     for group in groups(readable(), options.batch):
-        pictures = decoder([(file.grid, file.codes(layout)) for _, file in group], seed=options.seed)
-        for (path, file), picture in zip(group, pictures):
+        pictures = decoder([(file.grid, codes) for _, file, codes in group], seed=options.seed)
+        for (path, file, _), picture in zip(group, pictures):
             save_png(picture, names[path])
             print(f"{path}  {file.width} x {file.height}, {file.grid.count} tiles  -> {names[path]}", flush=True)
     return 1 if failed else 0
@@ -105,16 +108,17 @@ def collect_files(inputs: list[str]) -> list[tuple[Path, Path]]:
     return found
 
 
-def groups(files: Iterator[tuple[Path, TokenFile]], tiles: int) -> Iterator[list[tuple[Path, TokenFile]]]:
+def groups(files: Iterator[Readable], tiles: int) -> Iterator[list[Readable]]:
     """Files that are decoded together: as many as have `tiles` tiles between them, or one that has more."""
-    group: list[tuple[Path, TokenFile]] = []
+    group: list[Readable] = []
     held = 0
-    for path, file in files:
-        if group and held + file.grid.count > tiles:
+    for item in files:
+        count = item[1].grid.count
+        if group and held + count > tiles:
             yield group
             group, held = [], 0
-        group.append((path, file))
-        held += file.grid.count
+        group.append(item)
+        held += count
     if group:
         yield group
 
@@ -122,7 +126,7 @@ def groups(files: Iterator[tuple[Path, TokenFile]], tiles: int) -> Iterator[list
 def describe(file: TokenFile) -> str:
     return (
         f"{file.width} x {file.height} pixels, {file.grid.count} tiles of {file.tile} that overlap by {file.overlap}, "
-        f"{file.tokens} tokens of {file.bits} bits each, {len(file.payload):,} bytes of tokens, "
+        f"{file.describe_code()} each, {len(file.payload):,} bytes of payload, "
         f"{file.bits_per_pixel:.4f} bits per pixel, tokenizer {file.tokenizer[:12]}"
     )
 

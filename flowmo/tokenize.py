@@ -12,7 +12,8 @@ A token cache, made once:
     python -m flowmo.tokenize photos/ --checkpoint runs/lo --out tokens/ --crop ten-crop
     torchrun --nproc-per-node 8 -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
 
-There DATA holds one folder of pictures to a class. The same command again goes on where it was stopped.
+There DATA holds one folder of pictures to a class. The same command again goes on where it was stopped. A continuous
+model (quantizer kl or none) has no tokens for a cache; its token files hold real numbers of 16 bits.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from flowmo.data.tokens import (
     layout_of,
     picture_views,
 )
-from flowmo.format import SUFFIX, TokenFile
+from flowmo.format import SUFFIX, TokenFile, file_layout
 from flowmo.pretrained import shipped_weights
 from flowmo.reconstruct import collect, output_names
 from flowmo.tiles import encode_tiles, grid_for
@@ -217,7 +218,7 @@ def write_files(options: argparse.Namespace) -> int:
     """A token file for each picture; 1 where some could not be read."""
     logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every picture size may make a plan
     model = open_model(options.checkpoint, options.device, "fp32")
-    layout = layout_of(model)
+    layout = file_layout(model)
     if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
         model.to(torch.bfloat16)
     inputs = collect([options.data])
@@ -228,8 +229,8 @@ def write_files(options: argparse.Namespace) -> int:
     if options.out.suffix == SUFFIX and not one:
         raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")
     print(
-        f"{len(inputs)} pictures, tokenizer {layout.tokenizer[:12]}, {layout.tokens} tokens of {layout.bits} bits to a "
-        f"tile of {model.config.image_size}, on {model.device}; {flowmo_kernels.describe()}",
+        f"{len(inputs)} pictures, tokenizer {layout.tokenizer[:12]}, tiles of {model.config.image_size}, each "
+        f"{model.config.describe_code()}, on {model.device}; {flowmo_kernels.describe()}",
         flush=True,
     )
     failed = 0
@@ -249,7 +250,7 @@ def write_files(options: argparse.Namespace) -> int:
         file = TokenFile.pack(grid, codes, layout)
         out = file.write(options.out if one else options.out / names[path])
         print(
-            f"{path}  {grid.width} x {grid.height}, {grid.count} tiles, {len(file.payload):,} bytes of tokens, "
+            f"{path}  {grid.width} x {grid.height}, {grid.count} tiles, {len(file.payload):,} bytes of payload, "
             f"{file.bits_per_pixel:.4f} bits per pixel  -> {out}",
             flush=True,
         )

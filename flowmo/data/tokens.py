@@ -7,13 +7,15 @@ A cache is a folder:
     labels.npy    int32 [P], class of every picture, -1 without one
     state.npy     uint8 [P], 0 not done yet, 1 done, 2 the picture could not be read
 
-Legend: P pictures, W views of a picture, N tokens of a view, E bits of a token, T latent tokens, C latent channels.
+Legend: P pictures, W views of a picture, N tokens of a view, E bits of a token, d channels of a token (E of lfq), T
+latent tokens, C latent channels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from flowmo.data.transforms import PathLike, center_crop, resize_shorter
 from flowmo.files import atomic_write
+from flowmo.quantizer import fsq_codes, fsq_tokens
 from flowmo_kernels import codes_to_tokens, pack_tokens, tokens_to_codes, unpack_tokens
 
 if TYPE_CHECKING:
@@ -45,11 +48,13 @@ class TokenLayout:
 
     Attributes:
         tokens: N, of a picture.
-        bits: E, of a token.
-        channels: C, of a latent token, F E with F tokens to a latent token.
-        grouping: which channels make token t F + f. "parity": k F + f for its bits k, the quantizer's own groups.
-            "contiguous": f E + k.
+        bits: E, that a token takes in files; its values are 0 .. vocabulary - 1.
+        channels: C, of a latent token, F d with F tokens to a latent token.
+        grouping: which channels make token t F + f. "parity": k F + f for its digits k, the quantizer's own groups.
+            "contiguous": f d + k.
         tokenizer: fingerprint of the encoder; empty where unknown.
+        levels: of the d channels of a token of finite scalar quantization; empty for the bits of lookup-free
+            quantization.
     """
 
     tokens: int
@@ -57,28 +62,46 @@ class TokenLayout:
     channels: int
     grouping: str = "parity"
     tokenizer: str = ""
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        self.levels = tuple(self.levels)  # files give lists
         if self.grouping not in GROUPINGS:
             raise ValueError(f"grouping={self.grouping!r}: expected one of {', '.join(GROUPINGS)}")
+
+    @property
+    def vocabulary(self) -> int:
+        return math.prod(self.levels) if self.levels else 2**self.bits
+
+    @property
+    def token_channels(self) -> int:
+        """d, latent channels that make one token."""
+        return len(self.levels) or self.bits
 
     def encode(
         self,
         codes: Tensor,  # [B, T, C]
     ) -> Tensor:  # [B, N] int64
-        """Tokens of codes; only the signs are read."""
+        """Tokens of codes; of lfq only the signs are read."""
         if self.grouping == "contiguous":
-            codes = codes.unflatten(-1, (-1, self.bits)).transpose(-1, -2).flatten(-2)
-        return codes_to_tokens(codes, self.bits)
+            codes = codes.unflatten(-1, (-1, self.token_channels)).transpose(-1, -2).flatten(-2)
+        return fsq_tokens(codes, self.levels) if self.levels else codes_to_tokens(codes, self.bits)
 
     def decode(
         self,
         tokens: Tensor,  # [B, N] int64
-    ) -> Tensor:  # [B, T, C], +1 or -1
-        """Codes of tokens, the inverse of :meth:`encode`."""
-        codes = tokens_to_codes(tokens, self.bits, self.channels)
+    ) -> Tensor:  # [B, T, C] fp32: +1 or -1, or levels
+        """Codes of tokens, the inverse of :meth:`encode`.
+
+        Raises:
+            ValueError: values outside of the vocabulary.
+        """
+        if self.levels:
+            codes = fsq_codes(tokens, self.levels, self.channels)
+        else:
+            codes = tokens_to_codes(tokens, self.bits, self.channels)
         if self.grouping == "contiguous":
-            codes = codes.unflatten(-1, (self.bits, -1)).transpose(-1, -2).flatten(-2)
+            codes = codes.unflatten(-1, (self.token_channels, -1)).transpose(-1, -2).flatten(-2)
         return codes
 
     def differences(self, other: TokenLayout) -> list[str]:
@@ -102,19 +125,25 @@ def layout_of(model: FlowMo, grouping: str = "parity") -> TokenLayout:
         ValueError: a continuous model, which has no tokens, or an unknown grouping.
     """
     c = model.config
-    if c.quantizer != "lfq":
-        raise ValueError("the tokenizer is a continuous model (quantizer none), which has no tokens")
-    return TokenLayout(c.tokens, c.entropy_bits, c.latent_channels, grouping, fingerprint(model))
+    if c.vocabulary is None:
+        raise ValueError(
+            f"the tokenizer is a continuous model (quantizer {c.quantizer}), which has no tokens; a .flowmo file or "
+            "encode() and decode() hold its latents"
+        )
+    bits = (c.vocabulary - 1).bit_length()
+    levels = tuple(c.fsq_levels) if c.quantizer == "fsq" else ()
+    return TokenLayout(c.tokens, bits, c.latent_channels, grouping, fingerprint(model), levels)
 
 
 def fingerprint(model: FlowMo) -> str:
-    """sha256 of the encoder's weights and the token layout, in hex.
+    """sha256 of the encoder's weights and what makes its output a code, in hex; docs/format.md says of which bytes.
 
     The decoder does not count: Stage 1B trains it alone, and tokens made before stay good. Take it of fp32 weights,
     before a cast for speed.
     """
     c = model.config
-    digest = hashlib.sha256(f"{c.image_size} {c.latent_tokens} {c.latent_channels} {c.entropy_bits}".encode())
+    code = {"lfq": str(c.entropy_bits), "fsq": f"fsq {c.fsq_levels}"}.get(c.quantizer, c.quantizer)
+    digest = hashlib.sha256(f"{c.image_size} {c.latent_tokens} {c.latent_channels} {code}".encode())
     for name, weight in sorted(model.encoder.state_dict().items()):
         digest.update(f"{name} {list(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

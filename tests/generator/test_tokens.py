@@ -116,7 +116,8 @@ def test_written_and_read(tmp_path):
         assert torch.equal(tokens, tokens_of()[[4, 0], view]) and tokens.dtype == torch.int64
         assert labels.tolist() == [1, 0]
     content = json.loads((tmp_path / "c" / "header.json").read_text())
-    assert content["layout"] == {"tokens": 7, "bits": 9, "channels": 9, "grouping": "parity", "tokenizer": "a" * 64}
+    layout = {"tokens": 7, "bits": 9, "channels": 9, "grouping": "parity", "tokenizer": "a" * 64, "levels": []}
+    assert content["layout"] == layout
     assert content["crop"] == "center+flip" and content["dtype"] == "float32" and content["classes"] == ["x", "y"]
 
 

@@ -78,7 +78,7 @@ def test_a_photograph_to_a_file_and_back(tiny, model, tmp_path, capsys):
     image = to_tensor(load_image(source))
     assert torch.equal(file.codes(tokenize.layout_of(tiny)), encode_tiles(tiny, image, file.grid))
     out = capsys.readouterr().out
-    assert "75 x 50, 6 tiles, 216 bytes of tokens" in out
+    assert "75 x 50, 6 tiles, 216 bytes of payload" in out
 
     steps = ("--steps", 3, "--seed", 7)
     assert run(detokenize.main, tmp_path / "photo.flowmo", "--out", tmp_path / "a" / "photo.png", "--checkpoint", model,

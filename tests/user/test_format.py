@@ -11,8 +11,9 @@ import zlib
 import pytest
 import torch
 
+from flowmo import FlowMo, model_config
 from flowmo.data.tokens import TokenLayout, layout_of
-from flowmo.format import HEADER, TokenFile, TokenFileError
+from flowmo.format import HEADER, NUMBERS, LatentLayout, TokenFile, TokenFileError, file_layout
 from flowmo.tiles import TileGrid
 
 LO = TokenLayout(512, 9, 18, tokenizer="ab" * 32)
@@ -52,7 +53,7 @@ def test_bytes_are_those_of_the_description():
         stream = [int(tile[0][k * 2 + f] > 0) for f in range(2) for k in range(9)]
         stream += [0] * 6
         payload += bytes(sum(bit << j for j, bit in enumerate(stream[i : i + 8])) for i in range(0, 24, 8))
-    body = b"\x89FlowMo\n" + struct.pack("<HHIIIII", 1, 9, 6, 4, 4, 1, 2) + b"\xef" * 32 + payload
+    body = b"\x89FlowMo\n" + struct.pack("<BBHIIIII", 1, 0, 9, 6, 4, 4, 1, 2) + b"\xef" * 32 + payload
     assert len(codes) == 2 and file.to_bytes() == body + struct.pack("<I", zlib.crc32(body))
 
 
@@ -79,6 +80,8 @@ def sealed(head: bytes, payload: bytes) -> bytes:
     [
         ({"magic": b"\x89PNG\r\n\x1a\n"}, "no FlowMo token file"),
         ({"version": 2}, "format version 2"),
+        ({"kind": 2}, "damaged or hostile"),
+        ({"kind": 1}, "damaged or hostile"),  # numbers of 9 bits
         ({"width": 0}, "damaged or hostile"),
         ({"width": 2**32 - 1, "height": 2**32 - 1}, "damaged or hostile"),
         ({"width": 65535, "height": 65535}, "damaged or hostile"),
@@ -93,7 +96,7 @@ def sealed(head: bytes, payload: bytes) -> bytes:
 )  # fmt: skip
 def test_hostile_headers_with_good_checksums(tmp_path, change, words):
     file = small_file()
-    fields = dict(magic=b"\x89FlowMo\n", version=1, bits=9, width=6, height=4, tile=4, overlap=1, tokens=2)
+    fields = dict(magic=b"\x89FlowMo\n", version=1, kind=0, bits=9, width=6, height=4, tile=4, overlap=1, tokens=2)
     head = HEADER.pack(*{**fields, **change}.values(), b"\0" * 32)
     (tmp_path / "hostile.flowmo").write_bytes(sealed(head, file.payload))
     tracemalloc.start()
@@ -125,7 +128,7 @@ def test_fuzz_100000_files():
     """Random bytes, mutations, and mutations whose checksum is right again: a file or TokenFileError, nothing else."""
     rng = random.Random(0)
     data = small_file().to_bytes()
-    accepted = 0
+    accepted = refused = 0
     for i in range(100_000):
         kind = i % 4
         if kind == 0:  # random bytes, half of them behind a good magic
@@ -152,7 +155,55 @@ def test_fuzz_100000_files():
             layout = TokenLayout(file.tokens, file.bits, file.bits)  # the channels are the model's, not the file's
             codes = file.codes(layout)
             assert codes.shape == (file.grid.count, file.tokens, file.bits) and bool((codes.abs() == 1).all())
-    assert accepted > 1000  # the checksum did not hide the rest from the test
+            refused += not fsq_codes_of(file)
+    assert accepted > 1000 and refused > 10  # the checksum did not hide the rest from the test
+
+
+def fsq_codes_of(file: TokenFile) -> bool:
+    """Whether the file's tokens, read as those of two levels of 3, lie in their vocabulary."""
+    try:
+        codes = file.codes(TokenLayout(file.tokens, file.bits, 2, levels=(3, 3)))
+    except TokenFileError as error:
+        assert "expected values in [0, 9)" in str(error)
+        return False
+    assert bool((codes.abs() <= 1).all())
+    return True
+
+
+FSQ = TokenLayout(32, 10, 8, tokenizer="12" * 32, levels=(8, 5, 5, 5))
+
+
+def test_round_trip_of_fsq(tmp_path):
+    grid = TileGrid(427, 640, 256, 64)
+    tokens = torch.randint(0, FSQ.vocabulary, (grid.count, 32), generator=torch.Generator().manual_seed(0))
+    codes = FSQ.decode(tokens)
+    file = TokenFile.pack(grid, codes.bfloat16(), FSQ)  # levels are told apart after rounding, too
+    assert len(file.payload) == grid.count * 40
+    back = TokenFile.read(file.write(tmp_path / "photo.flowmo"))
+    assert torch.equal(back.codes(FSQ), codes) and back == file
+    beyond = TokenFile(**{**vars(file), "payload": b"\xff" * len(file.payload)})
+    with pytest.raises(TokenFileError, match=r"photo: damaged or hostile, tokens: expected values in \[0, 1000\)"):
+        beyond.codes(FSQ, "photo")
+
+
+def test_round_trip_of_real_numbers(tmp_path):
+    grid = TileGrid(40, 32, 32, 8)
+    layout = LatentLayout(16 * 6, 16, 6, tokenizer="34" * 32)
+    codes = torch.randn(grid.count, 16, 6, generator=torch.Generator().manual_seed(0))
+    codes[0, 0, :3] = torch.tensor([0.0, -0.0, -65504.0])
+    file = TokenFile.pack(grid, codes, layout)
+    # byte for byte the documented numbers: little-endian half precision, latent token by latent token
+    assert file.payload == codes.numpy().astype("<f2").tobytes() and file.kind == NUMBERS
+    data = file.to_bytes()
+    assert data[8:12] == b"\1\1\x10\0"
+    back = TokenFile.read(file.write(tmp_path / "photo.flowmo"))
+    assert back == file and torch.equal(back.codes(layout), codes.half().float())
+    with pytest.raises(ValueError, match="not all finite in half precision"):
+        TokenFile.pack(grid, codes * 2, layout)
+    for bad in (b"\0\x7c", b"\0\xfc", b"\1\x7e"):  # infinities and not a number
+        hostile = TokenFile(**{**vars(file), "payload": bad + file.payload[2:]})
+        with pytest.raises(TokenFileError, match="photo: damaged or hostile, its numbers are not all finite"):
+            hostile.codes(layout, "photo")
 
 
 def test_fuzzed_files_take_bounded_memory():
@@ -211,3 +262,20 @@ def test_files_of_another_model_are_refused(tiny):
     with pytest.raises(TokenFileError, match="made by tokenizer 000000000000"):
         foreign.check(tiny, layout, "photo.flowmo")
     foreign.check(tiny, layout, any_tokenizer=True)
+
+
+def test_files_of_another_kind_of_code_are_refused(tiny):
+    grid = TileGrid(32, 32, 32, 8)
+    models = [tiny]
+    for name, channels in (("none", 16), ("kl", 16), ("fsq", 6)):
+        models.append(FlowMo(model_config("tiny", decoder_depth=1, quantizer=name, latent_channels=channels)))
+    layouts = [file_layout(model) for model in models]
+    assert len({layout.tokenizer for layout in layouts}) == 4
+    files = [TokenFile.pack(grid, torch.zeros(1, 16, x.channels), x) for x in layouts]
+    for i, (model, layout) in enumerate(zip(models, layouts)):
+        files[i].check(model, layout)
+        for j, file in enumerate(files):
+            words = "made by tokenizer" if (i in (0, 3)) == (j in (0, 3)) else "real numbers"
+            if i != j:
+                with pytest.raises(TokenFileError, match=words):
+                    file.check(model, layout)
