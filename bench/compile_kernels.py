@@ -36,7 +36,10 @@ ARCHITECTURES = (80, 90, 100)
 ALLOWED_SPILLS: dict[tuple[str, str, int], str] = {}
 
 # Kernels that need a newer architecture than the oldest one: the first that has what they use, and what that is.
-NEEDS: dict[str, tuple[int, str]] = {"norm_modulate_fp8_kernel": (89, "the e4m3 format")}
+NEEDS: dict[str, tuple[int, str]] = {
+    name: (89, "the e4m3 format")
+    for name in ("norm_modulate_fp8_kernel", "attention_quantize_kernel", "attention_quantized_kernel")
+}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowmo.engine.weights import BlockWeights, Linear, StreamWeights, TransformerWeights
 from flowmo_kernels import (
     attention_backend,
+    attention_quantized,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     joint_attention,
@@ -88,6 +89,8 @@ def attend(
         with contextlib.nullcontext() if choice is None else sdpa_kernel(choice):
             o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
         o = o.transpose(1, 2)
+    elif name in ("fp8", "int8"):
+        o = attention_quantized(q, k, v, scale, format=name)  # in q's order, too
     else:
         o = joint_attention(q, k, v, scale, backend=name, logit_bound=logit_bound)
     return o.transpose(0, 1).reshape(-1, q.shape[2] * q.shape[3])

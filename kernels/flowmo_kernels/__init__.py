@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._dispatch import KernelUnavailableError, chosen, describe, use
 from .attention import attention_backend, joint_attention, joint_attention_ref
+from .attention_quantized import attention_quantized, attention_quantized_ref
 from .euler_step import euler_step, euler_step_ref
 from .fp8 import (
     gate_residual_norm_modulate_fp8,
@@ -37,6 +38,8 @@ __all__ = [
     "StepBoundary",
     "adam_hold_ema_",
     "attention_backend",
+    "attention_quantized",
+    "attention_quantized_ref",
     "chosen",
     "codes_to_tokens",
     "describe",

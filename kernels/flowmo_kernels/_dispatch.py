@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "norm_modulate_fp8": ("triton",),
     "gate_residual_norm_modulate_fp8": ("triton",),
     "linear_fp8": (),
+    "attention_fp8": ("triton",),
     "lfq": ("triton", "cuda"),
     "pack_tokens": ("triton", "cuda"),
     "unpack_tokens": ("triton", "cuda"),

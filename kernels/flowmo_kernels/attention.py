@@ -19,11 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._dispatch import KernelUnavailableError, asked, constant_result, why_no_triton
 from ._library import wants_grad
+from .attention_quantized import FORMATS, attention_quantized
 from .attention_triton import MAX_HEAD_DIM, aot_signatures, attention_triton
+from .fp8 import why_no_fp8
 
 __all__ = ["BACKENDS", "aot_signatures", "attention_backend", "joint_attention", "joint_attention_ref", "why_not"]
 
-BACKENDS = ("auto", "fa3", "fa2", "xformers", "cudnn", "flash", "efficient", "math", "sdpa", "triton")
+BACKENDS = ("auto", "fa3", "fa2", "xformers", "cudnn", "flash", "efficient", "math", "sdpa", "triton", *FORMATS)
 
 _PACKAGES = {
     name: find_spec(name) is not None for name in ("flash_attn_interface", "flash_attn", "xformers")
@@ -83,6 +85,10 @@ def why_not(backend: str, q: Tensor) -> str | None:
         if d > MAX_HEAD_DIM or q.dtype not in (*_HALF, torch.float32):
             return f"it takes fp32, bf16 and fp16 heads of at most {MAX_HEAD_DIM} channels, not {q.dtype} of {d}"
         return why_no_triton()
+    if backend in FORMATS:
+        if d > MAX_HEAD_DIM:
+            return f"it takes heads of at most {MAX_HEAD_DIM} channels, not {d}"
+        return why_no_fp8(q.device) if q.is_cuda and asked("attention_fp8") != "ref" else None
     if backend in ("sdpa", "math"):
         return None
     if backend == "flash" and not q.is_cuda:
@@ -171,7 +177,9 @@ def joint_attention(
         scale: factor of the logits, positive; 8 / d in FlowMo.
         backend: "auto" chooses by device, installed packages, dtype, shape and need of a gradient; or "fa3", "fa2",
             "xformers", "cudnn", "flash", "efficient", "math", "sdpa" (PyTorch chooses) or "triton" (the kernels of
-            this package; not part of "auto").  `attention_backend` tells which one runs.
+            this package; not part of "auto").  "fp8" and "int8" round to 8 bits (`attention_quantized`): never part
+            of "auto", without a gradient, and on a CPU the reference arithmetic.  `attention_backend` tells which one
+            runs.
         logit_bound: a number no |scale * q k| exceeds, if one is known: after query-key RMSNorm with gains g_q, g_k
             and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small.
 
@@ -191,6 +199,8 @@ def joint_attention(
     name = attention_backend(q, k, v, backend=backend)
     if name == "triton":
         return attention_triton(q, k, v, scale, logit_bound)
+    if name in FORMATS:
+        return attention_quantized(q, k, v, scale, format=name).contiguous()
     if name in ("fa3", "fa2", "xformers"):
         q, k, v = (readable(t) for t in (q, k, v))
     if name == "fa3":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import KernelUnavailableError, asked, chosen, constant_result
+from ._dispatch import KernelUnavailableError, asked, chosen, constant_result, why_no_triton
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import (
     Signature,
@@ -50,12 +50,20 @@ def _architecture(index: int | None) -> int:
     return 10 * major + minor
 
 
-def _implementation(op: str, x: Tensor) -> str:
+def why_no_fp8(device: torch.device) -> str | None:
+    """The reason why a CUDA device has no fp8 kernels, or None where it has."""
+    architecture = _architecture(device.index)
+    if architecture < MINIMUM_ARCHITECTURE:
+        return f"fp8 needs compute capability 8.9, this CUDA device has {architecture / 10}"
+    return why_no_triton()
+
+
+def implementation(op: str, x: Tensor) -> str:
     """What `chosen` says, on a device that knows fp8."""
-    if x.is_cuda and asked(op) != "ref" and _architecture(x.device.index) < MINIMUM_ARCHITECTURE:
+    reason = why_no_fp8(x.device) if x.is_cuda and asked(op) != "ref" else None
+    if reason is not None:
         raise KernelUnavailableError(
-            f"{op}: fp8 needs compute capability 8.9, this CUDA device has {_architecture(x.device.index) / 10}; "
-            f"stay with bf16, or ask for the slow reference by use({op}='ref')"
+            f"{op}: {reason}; stay with bf16, or ask for the slow reference by use({op}='ref')"
         )
     return chosen(op, x)
 
@@ -227,7 +235,7 @@ def norm_modulate_fp8(
         KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     _refuse_gradient("norm_modulate_fp8", x, shift, scale)
-    if _implementation("norm_modulate_fp8", x) == "ref":
+    if implementation("norm_modulate_fp8", x) == "ref":
         return norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
     check_norm_modulate(x, shift, scale, split)
     _, y, row_scale = _op(x, None, None, shift, scale, split, eps)
@@ -255,7 +263,7 @@ def gate_residual_norm_modulate_fp8(
         KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     _refuse_gradient("gate_residual_norm_modulate_fp8", x, branch, gate, shift, scale)
-    if _implementation("gate_residual_norm_modulate_fp8", x) == "ref":
+    if implementation("gate_residual_norm_modulate_fp8", x) == "ref":
         return gate_residual_norm_modulate_fp8_ref(x, branch, gate, shift, scale, split=split, eps=eps)
     check_gate_residual(x, branch, gate, split)
     check_norm_modulate(x, shift, scale, split)
@@ -310,7 +318,7 @@ def linear_fp8(
             f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)}, w {tuple(w.shape)}, w_scale {tuple(w_scale.shape)}"
             " do not fit; expected [..., D], [..., 1], [F, D], [F, 1]"
         )
-    _implementation("linear_fp8", x)
+    implementation("linear_fp8", x)
     if not x.is_cuda or asked("linear_fp8") == "ref" or x.numel() == 0:
         return linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
     if d % 16 or f % 16:

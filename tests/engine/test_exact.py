@@ -136,6 +136,18 @@ def test_fp8_path_in_the_reference_arithmetic(lo, monkeypatch):
     assert ((psnr > 20) & torch.isfinite(psnr)).all()
 
 
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_attention_in_eight_bits_is_an_option(lo, format):
+    codes, noise = inputs(lo, 3)
+    psnr = psnr_to_exact(lo, codes, noise, attention=format)
+    # A few per cent of every attention output (tests/ops/test_attention_quantized.py): neither exact nor far.
+    assert ((psnr > 30) & torch.isfinite(psnr)).all()
+    images = noise.clamp(-1, 1)
+    flips = (lo.encode_plan(3, attention=format)(images) != lo.encode(images)).float().mean()
+    assert flips < 0.05
+    assert lo.decode_plan(3).attention == "auto"
+
+
 def test_autocast_decides_the_precision(lo):
     codes, noise = inputs(lo, 2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from flowmo import FlowMo
-from flowmo.engine import psnr_to_exact
+from flowmo.engine import StepCache, psnr_to_exact
+from flowmo_kernels import KernelUnavailableError, use
 from tests.engine.conftest import LO, inputs, make
 
 pytestmark = pytest.mark.gpu
+
+
+CACHE = {"cache": StepCache((1, 5, 11, 13, 24))}
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def on_card(model: FlowMo, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"guidance": 1.0}, {"solver": "ab2", "steps": 9}, {"tail_merge": 6}])
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.0}, {"solver": "ab2", "steps": 9}, {"tail_merge": 6}, CACHE])
 def test_graph_gives_the_eager_pictures(model, dtype, options):
     graph = model.decode_plan(3, dtype=dtype, **options)
     eager = model.decode_plan(3, dtype=dtype, graph=False, **options)
@@ -135,6 +139,20 @@ def test_fp8(model):
     codes, noise = on_card(model, 2)
     psnr = psnr_to_exact(model, codes, noise, fp8=True)
     assert ((psnr > 20) & torch.isfinite(psnr)).all()
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_attention_in_eight_bits(model, format):
+    codes, noise = on_card(model, 2)
+    if torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(KernelUnavailableError, match="needs compute capability 8"):
+            model.decode_plan(2, attention=format)
+        return
+    psnr = psnr_to_exact(model, codes, noise, attention=format)
+    assert ((psnr > 25) & torch.isfinite(psnr)).all()
+    with use("ref"):  # the same 8-bit numbers by PyTorch, in bf16 as the kernels' plan
+        reference = model.decode_plan(2, attention=format, graph=False)(codes, noise)
+    assert (model.decode_plan(2, attention=format)(codes, noise) - reference).abs().mean() < 0.02
 
 
 def test_encode_plan(model):
