@@ -26,7 +26,7 @@ import torch
 
 from flowmo.files import atomic_write
 from flowmo.training import sharding
-from flowmo.training.distributed import barrier
+from flowmo.training.distributed import barrier, from_first
 
 logger = logging.getLogger("flowmo")
 
@@ -162,18 +162,21 @@ def save_sharded(run: Path, step: int, state: dict[str, Any], keep: int, keep_ev
     """:func:`save` of sharded tensors: every process writes its own into one folder. All processes call it.
 
     Raises:
-        OSError: in the first process, as :func:`save`; torch.distributed.checkpoint's own error in all where a shard
-            cannot be written. The checkpoints that were there are whole.
+        OSError: in all processes, as :func:`save`, where one of them cannot write its part.
     """
     path = path_of(run, step).with_suffix("")
     partial = path.with_name(f".{path.name}.partial")
+    before = [p for p in list_checkpoints(run) if p != path]
     if first and partial.exists():
         shutil.rmtree(partial)
     barrier()
     tensors, rest = sharding.flatten(state)
-    sharding.save_shards(tensors, partial)
+    try:
+        sharding.save_shards(tensors, partial)
+    except OSError as error:
+        raise OSError(error.errno, _full(path, before, error)) from error
+    refused: OSError | None = None
     if first:
-        before = [p for p in list_checkpoints(run) if p != path]
         try:
             write({**rest, "files": sharding.digests(partial)}, partial / _REST)
             with open(partial / _REST, "rb") as file:
@@ -184,7 +187,11 @@ def save_sharded(run: Path, step: int, state: dict[str, Any], keep: int, keep_ev
             os.replace(partial, path)
             _sync_folder(path.parent)
         except OSError as error:
-            raise OSError(error.errno, _full(path, before, error)) from error
+            refused = error
+    refused = from_first(refused)
+    if refused is not None:
+        raise OSError(refused.errno, _full(path, before, refused)) from refused
+    if first:
         _delete_old(run, keep, keep_every)
     return path
 

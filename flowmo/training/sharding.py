@@ -5,6 +5,7 @@ The functions here take plain tensors as well, which are whole everywhere.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import warnings
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -62,8 +64,25 @@ def fill_(target: Tensor, whole: Tensor) -> None:
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors with torch.distributed.checkpoint; all processes call it."""
-    dcp.save(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    """Write tensors with torch.distributed.checkpoint; all processes call it.
+
+    Raises:
+        OSError: in all processes, when one cannot write its part: what the system said there.
+    """
+    try:
+        dcp.save(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    except CheckpointException as failed:
+        raise _system_error(failed) from failed
+
+
+def _system_error(failed: CheckpointException) -> OSError:
+    for error, _ in failed.failures.values():
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                return OSError(cause.errno, cause.strerror)
+            cause = cause.__cause__ or cause.__context__
+    return OSError(errno.EIO, str(failed).splitlines()[-1])
 
 
 def load_shards_(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from flowmo.training import checkpoint
 from tests.processes import environment, run
@@ -64,47 +66,97 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_not(tmp_path):
         checkpoint.newest(tmp_path)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """SIGKILL before the n-th call to the system, for every n that there is; the writer replaces and deletes too."""
-    for step in (1, 2):
-        checkpoint.save(tmp_path, step, state(step), keep=2, keep_every=100)
-    count = [0]
+# Calls to the system that change what a crash leaves behind, by the names of the functions that make them. Of the many
+# writes of a file's bytes, every tenth stands for its neighbours.
+CHANGING = {"open", "mkdir", "fsync", "chmod", "replace", "rename", "unlink", "rmdir", "close"}
+CHANGING |= {f"BufferedWriter.{name}" for name in ("write", "flush", "close", "__exit__")}
 
-    def deadly(call):
-        def wrapped(*arguments, **options):
-            if count[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count[0] -= 1
-            return call(*arguments, **options)
 
-        return wrapped
+def die_before_call(moment: int) -> None:
+    """SIGKILL to this process before its `moment`-th changing call to the system from now on."""
+    seen, writes = 0, 0
 
-    found = []
-    for moment in range(200):
+    def watch(frame: object, event: str, function: object) -> None:
+        nonlocal seen, writes
+        if event != "c_call" or getattr(function, "__qualname__", "") not in CHANGING:
+            return
+        if function.__qualname__ == "BufferedWriter.write":  # type: ignore[attr-defined]
+            writes += 1
+            if writes % 10 != 1:
+                return
+        if seen == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    sys.setprofile(watch)
+
+
+def write_file(run: Path, step: int, keep: int = 2) -> None:
+    checkpoint.save(run, step, state(step), keep=keep, keep_every=100)
+
+
+def write_shards(run: Path, step: int, keep: int = 2) -> None:
+    model = {"w": state(step)["w"]}
+    whole = {"step": step, "model": model, "optimizer": {"step": step, "exp_avg": dict(model)}}
+    checkpoint.save_sharded(run, step, whole, keep=keep, keep_every=100, first=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("save", [write_file, write_shards])
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, save):
+    """SIGKILL before the n-th call to the system, for every n that there is; the writer replaces and deletes too.
+
+    All names are of whole checkpoints at every moment, the newest is one of the last two, and scraps are cleared.
+    """
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    found: list[int] = []
+    status = -1
+    while status != 0:
         child = os.fork()
         if child == 0:
-            count[0] = moment
-            for module, name in ((os, "replace"), (os, "fsync"), (os, "chmod"), (os, "open")):
-                setattr(module, name, deadly(getattr(module, name)))
-            pathlib.Path.unlink = deadly(pathlib.Path.unlink)  # type: ignore[method-assign]
-            checkpoint._DigestingFile.write = deadly(checkpoint._DigestingFile.write)  # type: ignore[method-assign]
-            checkpoint.save(tmp_path, 3, state(3), keep=2, keep_every=100)
+            die_before_call(len(found))
+            save(tmp_path, 3)
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert all(checkpoint.read(p) for p in checkpoint.list_checkpoints(tmp_path)), "every name is of a whole one"
+        status = os.waitpid(child, 0)[1]
+        assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+        for path in checkpoint.list_checkpoints(tmp_path):
+            whole = checkpoint.read(path)
+            weights = whole["w"] if save is write_file else whole["model"]["w"]
+            assert torch.equal(weights, state(int(path.stem[-1]))["w"]), f"killed at call {len(found)}"
         newest = checkpoint.newest(tmp_path)
-        assert same(newest, 2) or same(newest, 3), f"killed at call {moment}"
+        assert newest is not None
         assert not list((tmp_path / "checkpoints").glob(".*")), "scraps are cleared"
         found.append(newest[1]["step"])
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        checkpoint.path_of(tmp_path, 3).unlink(missing_ok=True)
-        if not checkpoint.path_of(tmp_path, 1).exists():
-            checkpoint.save(tmp_path, 1, state(1), keep=3, keep_every=100)
-    assert status == 0, "more calls than tried"
-    # It dies before the name is given, between that and the deletion of the old one, and at last not at all.
-    assert moment >= 8 and found[0] == 2 and found.count(3) >= 3
+        three = checkpoint.path_of(tmp_path, 3)
+        three.unlink(missing_ok=True)
+        shutil.rmtree(three.with_suffix(""), ignore_errors=True)
+        if [p.stem[-1] for p in checkpoint.list_checkpoints(tmp_path)] != ["1", "2"]:
+            save(tmp_path, 1, keep=3)
+        assert [p.stem[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["1", "2"]
+    # It dies before the name is given, then between that and the deletion of the old one, and at last not at all.
+    assert set(found) == {2, 3} and found == sorted(found) and found.count(3) >= 3
+    assert len(found) >= (15 if save is write_file else 30), "calls were not seen"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_full_disk_of_a_sharded_checkpoint_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
+    write_shards(tmp_path, 1)
+
+    @contextlib.contextmanager
+    def full(self, path, mode):
+        with open("/dev/full", mode) as stream:
+            yield stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", full)
+        with pytest.raises(OSError, match=r"disk is full .* step_00000001 before it is whole.*same command") as raised:
+            write_shards(tmp_path, 2)
+    assert raised.value.errno == errno.ENOSPC
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest[1]["step"] == 1
+    write_shards(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.parametrize("at", [0, 2])
