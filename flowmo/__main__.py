@@ -25,9 +25,10 @@ def commands() -> dict[str, str]:
     found = {}
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if path.name == "__main__.py" or "cli.run(main)" not in text:
+        place = path.parent if path.name == "__main__.py" else path.with_suffix("")  # a package is a command, too
+        if place == root or "cli.run(main)" not in text:
             continue
-        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        name = ".".join(place.relative_to(root).parts)
         said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
         found[name] = said.split(": python -m ")[0].rstrip(".")
     return dict(sorted(found.items(), key=lambda item: ("." in item[0], item[0])))
