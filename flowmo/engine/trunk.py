@@ -60,16 +60,17 @@ class Normed(NamedTuple):
         if layer.scale is None:
             torch.addmm(layer.b, self.values[0, part], layer.w.t(), out=out)
         else:
-            out.copy_(self._fp8(part, layer, out.dtype))
+            self._fp8(part, layer, out.dtype, out)
 
     def gelu(self, part: slice, layer: Linear, dtype: torch.dtype) -> Tensor:
         if layer.scale is None:
             return linear_gelu(self.values[0, part], layer.w, layer.b)
         return F.gelu(self._fp8(part, layer, dtype), approximate="tanh")
 
-    def _fp8(self, part: slice, layer: Linear, dtype: torch.dtype) -> Tensor:
+    def _fp8(self, part: slice, layer: Linear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         assert self.scales is not None and layer.scale is not None
-        return linear_fp8(self.values[0, part], self.scales[0, part], layer.w, layer.scale, layer.b, dtype=dtype)
+        x = self.values[0, part], self.scales[0, part]
+        return linear_fp8(*x, layer.w, layer.scale, layer.b, dtype=dtype, out=out)
 
 
 def attend(

@@ -293,6 +293,7 @@ def linear_fp8(
     b: Tensor | None = None,  # [F]
     *,
     dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,  # [..., F]
 ) -> Tensor:  # [..., F]
     """Matrix product of row-scaled fp8 matrices, accumulated in fp32; inference only.
 
@@ -301,9 +302,11 @@ def linear_fp8(
         w, w_scale: values [F, D] and row scales [F, 1] of the weight, from `quantize_rows`.
         b: bias [F] or None.
         dtype: dtype of the result.
+        out: [..., F], memory for the result, whose dtype then counts; the product goes there directly where `out` is
+            contiguous, and by way of a copy elsewhere.
 
     Returns:
-        [..., F] in `dtype`.
+        [..., F] in `dtype`, or `out`.
 
     Raises:
         ValueError: shapes or dtypes do not fit; on CUDA D and F must be multiples of 16.
@@ -318,23 +321,32 @@ def linear_fp8(
             f"x {tuple(x.shape)}, x_scale {tuple(x_scale.shape)}, w {tuple(w.shape)}, w_scale {tuple(w_scale.shape)}"
             " do not fit; expected [..., D], [..., 1], [F, D], [F, 1]"
         )
+    if out is not None and out.shape != (*x.shape[:-1], f):
+        raise ValueError(f"out {tuple(out.shape)}; expected {(*x.shape[:-1], f)}")
+    dtype = dtype if out is None else out.dtype
     implementation("linear_fp8", x)
     if not x.is_cuda or asked("linear_fp8") == "ref" or x.numel() == 0:
-        return linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
+        y = linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
+        return y if out is None else out.copy_(y)
     if d % 16 or f % 16:
         raise ValueError(f"D = {d} and F = {f}; fp8 matrix products on CUDA need multiples of 16")
-    y: Tensor = torch._scaled_mm(
-        x.reshape(-1, d),
-        w.t(),
-        scale_a=x_scale.reshape(-1, 1),
-        scale_b=w_scale.t(),
-        bias=None if b is None or dtype == torch.float32 else b.to(dtype),
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
+    target = out.view(-1, f) if out is not None and out.is_contiguous() else None
+    arguments = {
+        "scale_a": x_scale.reshape(-1, 1),
+        "scale_b": w_scale.t(),
+        "bias": None if b is None or dtype == torch.float32 else b.to(dtype),
+        "out_dtype": dtype,
+        "use_fast_accum": True,
+    }
+    y: Tensor
+    if target is None:
+        y = torch._scaled_mm(x.reshape(-1, d), w.t(), **arguments)
+    else:
+        y = torch._scaled_mm(x.reshape(-1, d), w.t(), **arguments, out=target)
     if b is not None and dtype == torch.float32:  # the product takes a bias of the half types only
         y += b
-    return y.view(*x.shape[:-1], f)
+    y = y.view(*x.shape[:-1], f)
+    return y if out is None else out if target is not None else out.copy_(y)
 
 
 def aot_signatures() -> list[Signature]:

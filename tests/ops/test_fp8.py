@@ -100,6 +100,20 @@ def test_linear(device: str) -> None:
     torch.testing.assert_close(reference.double(), exact, rtol=0, atol=2**-23 * 33**0.5 * exact.abs().max().item())
 
 
+def test_linear_into_memory_that_is_there(device: str) -> None:
+    """As the engine writes its joint buffer: whole rows, and columns of rows that are wider."""
+    x, w, b = random(24, 32, device=device), random(48, 32, device=device, seed=1), random(48, device=device, seed=2)
+    arguments = *quantize_rows(x), *quantize_rows(w), b
+    expected = linear_fp8(*arguments, dtype=torch.bfloat16)
+    buffer = torch.zeros(2, 24, 64, dtype=torch.bfloat16, device=device)
+    whole = torch.zeros(24, 48, dtype=torch.bfloat16, device=device)
+    for out in (whole, buffer[1, :, 16:]):
+        assert linear_fp8(*arguments, dtype=torch.float32, out=out) is out and torch.equal(out, expected)
+    assert (buffer[0] == 0).all() and (buffer[1, :, :16] == 0).all()
+    with pytest.raises(ValueError, match="expected \\(24, 48\\)"):
+        linear_fp8(*arguments, out=whole[:3])
+
+
 def test_no_gradient() -> None:
     x = random(1, 3, 8).requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient"):
