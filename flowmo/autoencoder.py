@@ -242,6 +242,7 @@ class FlowMo(nn.Module):
         cache: StepCache | None = None,
         fp8: bool = False,
         attention: str = "auto",
+        overlap: bool = False,
         drop_modulation: bool = False,
     ) -> DecodePlan:
         """A sampler prepared for batches of up to `batch` pictures: `plan(codes, noise) -> images`.
@@ -259,7 +260,8 @@ class FlowMo(nn.Module):
             graph: capture one CUDA graph, now; without effect on other devices.
             cache: evaluations that run the first blocks alone, `StepCache(steps=(13, 15), blocks=4)` for example.
             fp8: qkv and first MLP layers in row-scaled fp8 (compute capability 8.9 and newer).
-            attention: backend of `flowmo_kernels.joint_attention`.
+            attention: backend of `flowmo_kernels.joint_attention`; "fp8" and "int8" change the picture.
+            overlap: on CUDA, the latent rows on a second stream beside the image rows; meant for batch 1.
             drop_modulation: free the decoder's modulation weights (a third of it). The model then decodes with this
                 schedule only, and neither trains nor saves.
 
@@ -273,7 +275,7 @@ class FlowMo(nn.Module):
             self,
             batch,
             Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge),
-            Execution(dtype, graph, fp8, attention),
+            Execution(dtype, graph, fp8, attention, overlap),
             cache,
             drop_modulation,
         )
@@ -288,11 +290,12 @@ class FlowMo(nn.Module):
         graph: bool = True,
         fp8: bool = False,
         attention: str = "auto",
+        overlap: bool = False,
     ) -> EncodePlan:
         """An encoder prepared for up to `batch` pictures: `plan(images) -> codes`; options as :meth:`decode_plan`."""
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
-        plan = self.engine.encode_plan(self, batch, Execution(dtype, graph, fp8, attention))
+        plan = self.engine.encode_plan(self, batch, Execution(dtype, graph, fp8, attention, overlap))
         plan.capture()
         return plan
 

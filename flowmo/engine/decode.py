@@ -118,7 +118,7 @@ class DecodePlan(Plan):
         self._noise = torch.zeros(b, 3, c.image_size, c.image_size, device=self.device)
         self._table = model.engine.modulation(model, w, self.schedule.evaluations)
         widest = 2 * b if any(self.guided) else b
-        self._trunk = Trunk(w, widest, self.attention)
+        self._trunk = Trunk(w, widest, self.attention, self.overlap)
         # Input rows of the first block, by guided and not: their latent rows last for all steps of a picture.
         self._rows: dict[bool, Tensor] = {}
         for guided in set(self.guided):

@@ -46,7 +46,7 @@ class EncodePlan(Plan):
     def _build(self, model: FlowMo) -> None:
         c, w, b = self.config, self._weights, self.batch
         self._images = torch.zeros(b, 3, c.image_size, c.image_size, dtype=self.dtype, device=self.device)
-        self._trunk = Trunk(w, b, self.attention)
+        self._trunk = Trunk(w, b, self.attention, self.overlap)
         self._rows = torch.zeros(w.length, b, w.width, dtype=self.dtype, device=self.device)
         self._rows[: w.latents] = w.txt_in.b
 

@@ -28,6 +28,7 @@ class Execution(NamedTuple):
     graph: bool = True
     fp8: bool = False
     attention: str = "auto"
+    overlap: bool = False  # latent rows on a second stream, beside the image rows
 
 
 class Plan(ABC):
@@ -48,7 +49,7 @@ class Plan(ABC):
     part: str  # "decoder" or "encoder"
 
     def __init__(self, model: FlowMo, batch: int, execution: Execution) -> None:
-        dtype, graph, fp8, self.attention = execution
+        dtype, graph, fp8, self.attention, overlap = execution
         if batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1 picture")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -59,6 +60,7 @@ class Plan(ABC):
         self.device = model.device
         check_fp8(fp8, self.device, dtype)
         self.graph = graph and self.device.type == "cuda"
+        self.overlap = overlap and self.device.type == "cuda"
         self.builds = 0
         self._calls = 0
         self._prepare(model)
@@ -67,7 +69,9 @@ class Plan(ABC):
         """One line for commands to print."""
         how = "one CUDA graph" if self.captured else "CUDA graph at the next call" if self.graph else "eager"
         precision = str(self.dtype).removeprefix("torch.") + (" with fp8 linear layers" if self.fp8 else "")
-        return f"{self.part} plan: batch {self.batch}, {precision}, attention {self.attention}, {how} on {self.device}"
+        streams = " on two streams" if self.overlap else ""
+        words = f"batch {self.batch}, {precision}, attention {self.attention}, {how}{streams} on {self.device}"
+        return f"{self.part} plan: {words}"
 
     @property
     def captured(self) -> bool:

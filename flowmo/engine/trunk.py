@@ -11,6 +11,9 @@ Shapes: B images, T latent tokens, N image tokens, L = T + N, D width, H heads, 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,12 +100,21 @@ def attend(
     return o.transpose(0, 1).reshape(-1, q.shape[2] * q.shape[3])
 
 
-class Trunk:
-    """All blocks, with the buffers they share, for up to `batch` images."""
+Part = tuple[slice, StreamWeights]  # rows of one stream, and its weights
 
-    def __init__(self, weights: TransformerWeights, batch: int, attention: str = "auto") -> None:
+
+class Trunk:
+    """All blocks, with the buffers they share, for up to `batch` images.
+
+    With `overlap` the linear layers of the latent rows run on a second CUDA stream beside those of the image rows: the
+    few tiles of 256 rows an image leave most of a card idle when they run by themselves. Forks and joins are events,
+    so a capture takes both streams into one graph.
+    """
+
+    def __init__(self, weights: TransformerWeights, batch: int, attention: str = "auto", overlap: bool = False) -> None:
         self.weights = weights
         self.attention = attention
+        self.overlap = overlap
         w = weights.img_in.w
         rows = weights.length * batch
         # Dead queries are never written; zeros keep the norm that passes over them finite.
@@ -133,7 +145,7 @@ class Trunk:
                 seen = stream[:, live_rows]
             ends = i + 1 == len(blocks)
             o = self._attention(y, block, batch, w.live if ends else None)
-            parts: list[tuple[slice, StreamWeights]] = [(slice(0, split), block.txt), (slice(split, rows), block.img)]
+            parts: list[Part] = [(slice(0, split), block.txt), (slice(split, rows), block.img)]
             if ends:  # the live stream alone goes on
                 live = 1 if w.live == "img" else 0
                 part, weights = parts[live]
@@ -165,27 +177,57 @@ class Trunk:
         w = self.weights
         split, rows = w.latents * batch, w.length * batch
         qkv = self._qkv[:rows]
-        for part, layer in ((slice(0, split), block.txt.qkv), (slice(split, rows), block.img.qkv)):
-            y.linear(part, layer, qkv[part, qkv.shape[1] - layer.w.shape[0] :])
+
+        def project(part: slice, weights: StreamWeights) -> None:
+            y.linear(part, weights.qkv, qkv[part, qkv.shape[1] - weights.qkv.w.shape[0] :])
+
+        self._each(project, [(slice(0, split), block.txt), (slice(split, rows), block.img)])
         joint = qkv.view(w.length, batch, 3, w.heads, -1).transpose(0, 1)
         q, k, v = qk_norm_rope(joint, block.q_scale, block.k_scale, w.rope, split=w.latents, inplace=True).unbind(2)
         if live is not None:
             q = q[:, w.latents :] if live == "img" else q[:, : w.latents]
         return attend(q, k, v, self.attention, block.logit_bound)
 
-    def _mlp(
-        self, x: Tensor, o: Tensor, m: Tensor | None, split: int, parts: list[tuple[slice, StreamWeights]]
-    ) -> Branch:
+    def _mlp(self, x: Tensor, o: Tensor, m: Tensor | None, split: int, parts: list[Part]) -> Branch:
         """Attention's projection and the MLP of the streams in `parts`."""
         gate1, shift, scale, gate2 = (None,) * 4 if m is None else (m[2], m[3], m[4], m[5])
         split = 0 if m is None else split
         branch = self._branch[: x.shape[1]]
-        for part, weights in parts:
+
+        def project(part: slice, weights: StreamWeights) -> None:
             assert weights.proj is not None
             torch.addmm(weights.proj.b, o[part], weights.proj.w.t(), out=branch[part])
-        x, y = self._residual_norm(Branch(x, branch[None], gate1), shift, scale, split)
-        for part, weights in parts:
+
+        def mlp(part: slice, weights: StreamWeights) -> None:
             assert weights.fc1 is not None and weights.fc2 is not None
             hidden = y.gelu(part, weights.fc1, branch.dtype)
             torch.addmm(weights.fc2.b, hidden, weights.fc2.w.t(), out=branch[part])
+
+        self._each(project, parts)
+        x, y = self._residual_norm(Branch(x, branch[None], gate1), shift, scale, split)
+        self._each(mlp, parts)
         return Branch(x, branch[None], gate2)
+
+    def _each(self, work: Callable[[slice, StreamWeights], None], parts: list[Part]) -> None:
+        """The work of all parts: one after the other, or the latent one beside the image one.
+
+        What the work allocates it must also use up, on its own stream; what it reads stays alive until the join.
+        """
+        if not self.overlap or len(parts) == 1:
+            for part in parts:
+                work(*part)
+            return
+        latent, image = parts
+        main = torch.cuda.current_stream()
+        side = second_stream(main.device, threading.get_ident())
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            work(*latent)
+        work(*image)
+        main.wait_stream(side)
+
+
+@functools.cache
+def second_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all plans of a thread, as `capture_stream` and for its reason."""
+    return torch.cuda.Stream(device)

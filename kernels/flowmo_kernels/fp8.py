@@ -12,6 +12,8 @@ Legend: B images, L tokens (latent rows first), D channels, F output channels, M
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -331,7 +333,7 @@ def linear_fp8(
     if d % 16 or f % 16:
         raise ValueError(f"D = {d} and F = {f}; fp8 matrix products on CUDA need multiples of 16")
     target = out.view(-1, f) if out is not None and out.is_contiguous() else None
-    arguments = {
+    arguments: dict[str, Any] = {
         "scale_a": x_scale.reshape(-1, 1),
         "scale_b": w_scale.t(),
         "bias": None if b is None or dtype == torch.float32 else b.to(dtype),
