@@ -10,12 +10,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowmo.presets import PRESETS, STAGES
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, what was expected and the way out."""
-
+from flowmo.errors import ConfigError
+from flowmo.generator_config import GeneratorConfig
+from flowmo.presets import PRESETS, STAGES, UNREAD
 
 QUANTIZERS = ("lfq", "fsq", "kl", "none")
 MAX_FSQ_VOCABULARY = 2**20  # its tokens are counted one by one
@@ -195,6 +192,7 @@ class OptimConfig:
 class DataConfig:
     # A folder of images, "samples", a tar archive (also a tar of tars), or a folder or pattern of tar shards.
     path: str | None = None
+    tokens: str | None = None  # of stage maskgit: the token cache that flowmo.tokenize made
     index: str | None = None  # JSON index of the archive; null: its headers are read at the start
     batch: int = 128  # images per optimizer step, over all micro-batches and processes
     workers: int = 8  # processes that decode, to each training process
@@ -229,11 +227,13 @@ class PosttrainConfig:
 class HeldoutConfig:
     """Held-out pictures, measured as training goes; a run that no longer gets better stops."""
 
-    path: str | None = None  # a folder of images or "samples"; null: "samples" where data.path is, else no measuring
+    # A folder of images or "samples", for stage maskgit a token cache; null: "samples" where data.path is, else none.
+    path: str | None = None
     images: int = 64
     every: int = 0  # steps; 0 never
     patience: int = 5  # measurements in a row without a new best before training stops; 0 never stops
-    # perceptual: the stage's own distance | psnr | rfid: Frechet distance of Inception features, the published choice
+    # perceptual: the stage's own distance | psnr | rfid: Frechet distance of Inception features, the published choice |
+    # masked: of stage maskgit, the cross-entropy at masked tokens
     metric: str = "perceptual"
     inception_weights: str | None = None  # file, for rfid
 
@@ -264,7 +264,7 @@ class TrainerConfig:
 @dataclass
 class Config:
     preset: str = "lo"
-    stage: str = "pretrain"  # pretrain (1A) | posttrain (1B)
+    stage: str = "pretrain"  # pretrain (1A) | posttrain (1B) | maskgit (2)
     run: str = "runs/${preset}"
     init: str | None = None  # run, model folder or released checkpoint whose (averaged) weights training starts from
     init_part: str = "all"  # what init gives: all | encoder (a decoder that starts anew)
@@ -278,6 +278,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
 def model_config(preset: str, **overrides: Any) -> ModelConfig:
@@ -299,9 +300,13 @@ def parse(arguments: list[str]) -> Config:
     preset = arguments.pop(0) if arguments and "=" not in arguments[0] else "quickstart"
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}")
-    stage = next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("stage=")), "pretrain")
+    usual = PRESETS[preset].get("stage", "pretrain")
+    stage = next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("stage=")), usual)
     if stage not in STAGES:
         raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGES)}{_nearest(stage, STAGES)}")
+    if (stage == "maskgit") != (usual == "maskgit"):
+        names = [k for k, v in PRESETS.items() if (v.get("stage") == "maskgit") == (stage == "maskgit")]
+        raise ConfigError(f"preset {preset} has no stage={stage}; the presets of that stage are {', '.join(names)}")
     tree = OmegaConf.structured(Config)
     try:
         tree = OmegaConf.merge(tree, {"preset": preset}, PRESETS[preset])
@@ -313,6 +318,10 @@ def parse(arguments: list[str]) -> Config:
                 raise ConfigError(f"{argument!r}: expected key=value, for example trainer.steps=1000")
             if key not in known_keys():
                 raise ConfigError(f"unknown key {key!r}{_nearest(key, known_keys())}")
+            if key.startswith(UNREAD[stage]):
+                read = [k for k in known_keys() if not k.startswith(UNREAD[stage])]
+                hint = "; its data are data.tokens" if key.startswith("data.") else _nearest(f"generator.{key}", read)
+                raise ConfigError(f"stage={stage} does not read {key}{hint if stage == 'maskgit' else ''}")
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([argument]))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error
@@ -324,12 +333,13 @@ def parse(arguments: list[str]) -> Config:
 def check(config: Config) -> None:
     """Raises ConfigError where a value is outside what the code knows."""
     config.model.check()
+    config.generator.check()
     for key, allowed in (
         ("checkpoint", ("full", "save10", "none")),
         ("loss.perceptual", ("lpips", "random", "none")),
         ("loss.codebook_entropy", ("rank", "world")),
         ("posttrain.resnet", ("resnet50", "random", "none")),
-        ("heldout.metric", ("perceptual", "psnr", "rfid")),
+        ("heldout.metric", ("perceptual", "psnr", "rfid", "masked")),
         ("trainer.wandb", ("none", "offline", "online")),
         ("noise.law", ("thick_logit_normal", "logit_normal", "uniform", "one")),
         ("init_part", ("all", "encoder")),

@@ -28,7 +28,8 @@ from flowmo.data import make_grid, save_png, to_uint8
 from flowmo.data.tokens import layout_of
 from flowmo.files import atomic_write
 from flowmo.generator.network import Generator
-from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig
+from flowmo.generator.sampler import SamplerPlan
+from flowmo.generator_config import TokenSamplerConfig
 from flowmo.training.loop import resolve_device
 
 GRID_ROWS, GRID_COLUMNS = 16, 8

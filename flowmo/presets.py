@@ -66,6 +66,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampler": {"steps": 3},
         "trainer": {"steps": 20_000, "minutes": 4.0, "sample_every": 1000, "save_every": 1000},
     },
+    # Stage 2; its settings are in the table of stages below.
+    "maskgit": {"stage": "maskgit"},
+    "maskgit-quickstart": {"stage": "maskgit"},
 }
 
 # What a stage changes of its preset: for every preset, and for one.
@@ -92,4 +95,31 @@ STAGES: dict[str, dict[str, dict[str, Any]]] = {
             "heldout": {"every": 25},
         },
     },
+    "maskgit": {
+        "": {
+            "trainer": {"steps": 3_002_735, "sample_images": 32},  # 300 epochs of ImageNet
+            "heldout": {"metric": "masked", "images": 5_000, "patience": 0},
+        },
+        # For a handful of pictures and the tokens of the quickstart preset.
+        "maskgit-quickstart": {
+            "generator": {
+                "network": {"tokens": 32, "classes": 10, "hidden": 128, "depth": 4, "heads": 4},
+                "optim": {"lr": 2e-3, "warmup": 20, "ema_decay": 0.99},
+                # The published temperature is for many tokens: of 32, each misdrawn early one spoils the rest.
+                "sampler": {"randomize_temperature": 1.0},
+            },
+            "data": {"batch": 32},
+            "sampler": {"steps": 8},
+            "trainer": {"steps": 400, "log_every": 100, "sample_every": 400, "save_every": 200, "sample_images": 8},
+        },
+    },
+}
+
+# Beginnings of the keys that a stage does not read: to give one is a mistake.
+_OF_PICTURES = ("path", "index", "workers", "max_failed", "flip", "scales", "columns")
+UNREAD: dict[str, tuple[str, ...]] = {stage: ("generator.", "data.tokens") for stage in STAGES} | {
+    "maskgit": (
+        *("model.", "loss.", "noise.", "optim.", "posttrain.", "checkpoint", "init_part"),
+        *(f"data.{key}" for key in _OF_PICTURES),
+    ),
 }

@@ -4,11 +4,13 @@
     python -m flowmo.train lo data.path=IMAGES loss.perceptual_weights=vgg16-397923af.pth
     python -m flowmo.train small data.path=IMAGES loss.perceptual=none trainer.accumulate=2
     python -m flowmo.train lo stage=posttrain init=runs/lo data.path=IMAGES posttrain.resnet_weights=RESNET50.pth
+    python -m flowmo.train maskgit data.tokens=TOKENS         Stage 2: the generator, on a cache of flowmo.tokenize
     torchrun --nproc-per-node 8 -m flowmo.train lo data.path=ILSVRC2012_img_train.tar data.index=index.json ...
     python -m flowmo.train lo --dry-run                       print the resolved configuration and stop
 
-Presets: lo, hi, small, continuous, tiny, quickstart. The same command again resumes its run folder, also with another
-number of processes. python -m flowmo.training.report RUN writes its curves and grids into one page.
+Presets: lo, hi, small, continuous, tiny, quickstart; of Stage 2 maskgit, maskgit-quickstart. The same command again
+resumes its run folder, also with another number of processes. python -m flowmo.training.report RUN writes its curves
+and grids into one page.
 """
 
 from __future__ import annotations

@@ -291,6 +291,10 @@ class TokenCache:
         """Indices of the pictures that are not done, int64."""
         return np.flatnonzero(self.state == PENDING)
 
+    def done(self) -> np.ndarray:
+        """Indices of the pictures that have tokens, int64."""
+        return np.flatnonzero(self.state == DONE)
+
     def write(
         self,
         indices: Sequence[int],
@@ -375,7 +379,7 @@ class TokenBatches:
         self.cache, self.batch, self.seed, self.rank, self.world = cache, batch, seed, rank, world
         self.device = torch.device(device)
         self.position = 0
-        self._pictures = np.flatnonzero(cache.state == DONE)
+        self._pictures = cache.done()
         without = int((cache.labels[self._pictures] < 0).sum())
         if without:
             raise ValueError(
@@ -404,13 +408,22 @@ class TokenBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs: the position, and what must agree for it to mean the same."""
-        return {"position": self.position, "seed": self.seed, "pictures": len(self._pictures)}
+        layout = self.cache.header.layout
+        return {
+            "position": self.position,
+            "seed": self.seed,
+            "pictures": len(self._pictures),
+            "tokens": [layout.tokenizer, layout.tokens, layout.bits, layout.grouping],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after `state["position"]` pictures; raises ValueError if the seed or the pictures differ."""
-        for key, mine in (("seed", self.seed), ("pictures", len(self._pictures))):
-            if state[key] != mine:
-                raise ValueError(f"the saved data position was made with {key}={state[key]!r}, this run has {mine!r}")
+        """Continue after `state["position"]` pictures; raises ValueError if seed, pictures or tokens differ."""
+        for key, mine in self.state_dict().items():
+            if key != "position" and state[key] != mine:
+                raise ValueError(
+                    f"{self.cache.folder}: the saved data position was made with {key}={state[key]!r}, this run has "
+                    f"{mine!r}"
+                )
         self.position = int(state["position"])
 
     def describe(self) -> str:

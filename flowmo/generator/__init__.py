@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from flowmo.generator.network import Generator, NetworkConfig
-from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig, sample_tokens
-from flowmo.generator.stage import GeneratorConfig, fit, generator_loss
+from flowmo.generator.loss import generator_loss
+from flowmo.generator.network import Generator
+from flowmo.generator.sampler import SamplerPlan, sample_tokens
+from flowmo.generator_config import GeneratorConfig, NetworkConfig, TokenSamplerConfig
 
 __all__ = [
     "Generator",
@@ -12,7 +13,6 @@ __all__ = [
     "NetworkConfig",
     "SamplerPlan",
     "TokenSamplerConfig",
-    "fit",
     "generator_loss",
     "sample_tokens",
 ]

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -24,57 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowmo.config import ConfigError
 from flowmo.data.tokens import TokenLayout
 from flowmo.files import atomic_write
+from flowmo.generator_config import NetworkConfig
 from flowmo.pretrained import CheckpointError, check_keys
 from flowmo_kernels import gate_residual, gate_residual_norm_modulate, joint_attention, norm_modulate
 
 EPS = 1e-5  # of every LayerNorm
 INIT_STD = 0.02
-
-
-@dataclass
-class NetworkConfig:
-    """Sizes of a generator; the defaults are the paper's, 397,178,368 parameters.
-
-    `tokens` of `bits` bits make a picture; `depth` counts the blocks with a partner across the U, the mid block
-    comes on top.
-    """
-
-    tokens: int = 512
-    bits: int = 9
-    classes: int = 1000
-    hidden: int = 1024
-    depth: int = 28
-    heads: int = 16
-    mlp_ratio: int = 4
-
-    @property
-    def codes(self) -> int:
-        return 2**self.bits
-
-    @property
-    def mask_id(self) -> int:
-        """Id of a token that is not known; the codes are 0 .. codes - 1."""
-        return self.codes
-
-    @property
-    def null_class(self) -> int:
-        """Label of no class, as guidance and class dropout use it; the classes are 0 .. classes - 1."""
-        return self.classes
-
-    def check(self) -> None:
-        """Raises ConfigError where the sizes do not fit together."""
-        for name in ("tokens", "bits", "classes", "hidden", "depth", "heads", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"network.{name}={getattr(self, name)}: expected at least 1")
-        if self.bits > 16:
-            raise ConfigError(f"network.bits={self.bits}: one output per code, so at most 16 bits to a token")
-        if self.depth % 2:
-            raise ConfigError(f"network.depth={self.depth}: expected an even number, half of it on each side of the U")
-        if self.hidden % self.heads:
-            raise ConfigError(f"network.hidden={self.hidden} is no multiple of network.heads={self.heads}")
 
 
 class Norm(nn.Module):

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from flowmo import FlowMo, cli, generate, tokenize
+from flowmo.config import parse
 from flowmo.data import heldout_photographs, make_grid, normalize, resize_shorter, save_png, train_photographs
-from flowmo.data.tokens import TokenBatches, TokenCache, picture_views
+from flowmo.data.tokens import TokenCache, picture_views
 from flowmo.files import atomic_write
-from flowmo.generator.network import Generator, NetworkConfig
-from flowmo.generator.stage import GeneratorConfig, GeneratorOptimConfig, build_generator, fit
 from flowmo.pretrained import shipped_weights
+from flowmo.training.loop import Trainer
 
 TWIN = "stereo_motorcycle_right"  # shows the scene of another photograph, which no judge could tell apart
 CROP = "center+flip"
-TEMPERATURE = "1"  # the published 2.8 is for many tokens: of 32, each misdrawn early one spoils the rest
+TEMPERATURE = "1"  # as the preset has it for few tokens
 
 
 def main(arguments: list[str]) -> int:
@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> int:
          "--device", "cpu"]
     )  # fmt: skip
     cache = TokenCache.open(out / "tokens")
-    model = train(cache, options.steps, options.seed)
-    model.save_pretrained(out / "generator")
+    train(cache, tokenizer, out / "generator", options.steps, options.seed)
     generate.main(
         ["--tokenizer", str(tokenizer), "--generator", str(out / "generator"), "--out", str(out / "samples"),
          "--n", str(options.n), "--seed", str(options.seed), "--temperature", TEMPERATURE, "--decoder-steps", "8",
@@ -95,27 +94,16 @@ def main(arguments: list[str]) -> int:
     return 0 if met else 1
 
 
-def train(cache: TokenCache, steps: int, seed: int) -> Generator:
-    """A small generator of the cache's tokens, with its averaged weights."""
+def train(cache: TokenCache, tokenizer: str | Path, run: Path, steps: int, seed: int) -> None:
+    """A small generator of the cache's tokens, in a run folder: what `python -m flowmo.train` would do."""
     layout, classes = cache.header.layout, cache.header.classes
-    torch.manual_seed(seed)
-    network = NetworkConfig(layout.tokens, layout.bits, len(classes), hidden=128, depth=4, heads=4)
-    optim = GeneratorOptimConfig(lr=2e-3, warmup=steps // 20, ema_decay=0.99)
-    config = GeneratorConfig(network=network, optim=optim, batch=32, steps=steps, seed=seed)
-    model = build_generator(cache, network)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"generator of {parameters:,} parameters, {steps} steps on {cache.describe()}")
-
-    def report(step: int, means: dict[str, float]) -> None:
-        print(
-            f"step {step}: loss {means['total']:.3f}, masked tokens: {means['masked']:.3f} nats, "
-            f"{100 * means['accuracy']:.1f} % right",
-            flush=True,
-        )
-
-    batches = TokenBatches(cache, config.batch, seed)
-    model.load_state_dict(fit(model, batches, config, report=report))
-    return model.eval()
+    sizes = {"tokens": layout.tokens, "bits": layout.bits, "classes": len(classes)}
+    config = parse(
+        ["maskgit-quickstart", f"data.tokens={cache.folder}", f"run={run}", f"generator.tokenizer={tokenizer}",
+         f"trainer.steps={steps}", f"trainer.seed={seed}", "trainer.device=cpu", "trainer.precision=fp32",
+         *(f"generator.network.{name}={size}" for name, size in sizes.items())]
+    )  # fmt: skip
+    Trainer(config).fit()
 
 
 def judge(

@@ -14,65 +14,18 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowmo.config import ConfigError
 from flowmo.engine.plan import capture_stream
-from flowmo.generator.network import Generator, NetworkConfig
+from flowmo.generator.network import Generator
+from flowmo.generator_config import NetworkConfig, TokenSamplerConfig
 
 log = logging.getLogger("flowmo.generator")
 
 Logits = Callable[[Tensor, Tensor], Tensor]  # ids [B, N], labels [B] -> [B, N, V]
-
-
-@dataclass
-class TokenSamplerConfig:
-    """How tokens are drawn; the defaults are the paper's words, and TiTok's settings where it is silent.
-
-    Attributes:
-        steps: S.
-        guidance: s. "shift" form: l_c + s (l_c - l_u); "interpolate": l_u + s (l_c - l_u), which is shift by s - 1.
-        guidance_decay: how the shift grows over the steps: "constant"; "linear", i / S; "cosine",
-            (1 - cos(pi (i / S)^p)) / 2 with p = guidance_power.
-        schedule: part that stays masked after step i: "arccos", (2 / pi) arccos(r), or "cosine", cos(pi r / 2).
-        softmax_annealing: divide the logits by 0.5 + 0.8 (1 - r).
-        randomize_temperature: of the Gumbel noise, falling to 0 at the last step. The paper does not name it.
-        draw: "annealed" draws a token at temperature tau, greedily at the end; "categorical" at temperature 1.
-        confidence: "logit", the drawn token's logit, or "log_prob", its log-probability; tau Gumbel noise is added.
-    """
-
-    steps: int = 64
-    guidance: float = 1.5
-    guidance_form: str = "shift"  # shift | interpolate
-    guidance_decay: str = "constant"  # constant | linear | cosine
-    guidance_power: float = 3.0
-    schedule: str = "arccos"  # arccos | cosine
-    softmax_annealing: bool = True
-    randomize_temperature: float = 2.8
-    draw: str = "annealed"  # annealed | categorical
-    confidence: str = "logit"  # logit | log_prob
-
-    def check(self) -> None:
-        """Raises ConfigError where a value is outside what the sampler knows."""
-        for name, allowed in (
-            ("guidance_form", ("shift", "interpolate")),
-            ("guidance_decay", ("constant", "linear", "cosine")),
-            ("schedule", ("arccos", "cosine")),
-            ("draw", ("annealed", "categorical")),
-            ("confidence", ("logit", "log_prob")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"sampler.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.steps < 1:
-            raise ConfigError(f"sampler.steps={self.steps}: expected at least 1")
-        if self.randomize_temperature < 0 or self.guidance_power <= 0:
-            raise ConfigError(
-                f"sampler.randomize_temperature={self.randomize_temperature}, guidance_power={self.guidance_power}: "
-                "expected a temperature of at least 0 and a positive power"
-            )
 
 
 def mask_counts(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:

@@ -1,80 +1,221 @@
-"""Stage 2 training: masks, loss, optimizer groups, schedule, and a plain loop (paper, section 4.3).
+"""Stage 2 in the training loop: a token cache as data, the generator as model (paper, section 4.3).
 
 The paper gives learning rate 1e-4, batch 128 and 300 epochs; the rest is TiTok's published recipe.
-
-Shapes: B pictures, N tokens of a picture, V codes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import logging
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from flowmo.config import ConfigError
-from flowmo.data.tokens import TokenCache, TokenCacheError
-from flowmo.generator.network import Generator, NetworkConfig
-from flowmo.generator.sampler import TokenSamplerConfig
-from flowmo_kernels import ema_
+from flowmo.autoencoder import FlowMo
+from flowmo.config import Config, ConfigError
+from flowmo.data import make_grid
+from flowmo.data.tokens import TokenBatches, TokenCache, TokenCacheError, layout_of
+from flowmo.generator.loss import generator_loss
+from flowmo.generator.network import Generator
+from flowmo.generator.optim import AdamWEMA, learning_rate
+from flowmo.generator.sampler import sample_tokens
+from flowmo.generator_config import MaskLossConfig, NetworkConfig
+from flowmo.training import checkpoint
+from flowmo.training.distributed import Processes
+from flowmo.training.stage import Batches, Measure, Stage
 
-NO_DECAY = ("norm", "embedding", "bias", "scale", "shift")  # parts of parameter names
+logger = logging.getLogger("flowmo")
 
-
-@dataclass
-class MaskLossConfig:
-    """Cross-entropy over masked and, with less weight, known tokens."""
-
-    label_smoothing: float = 0.1
-    unmasked_weight: float = 0.1  # of the loss at tokens that are not masked; 0 leaves them out
-    class_dropout: float = 0.1  # part of the labels replaced by the null class
-
-
-@dataclass
-class GeneratorOptimConfig:
-    """AdamW. The average's horizon is that of TiTok's 0.999 at its sixteen times larger batch."""
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.96)
-    eps: float = 1e-8
-    weight_decay: float = 0.03  # not of norms, biases, embeddings and positions
-    clip: float = 1.0  # of the gradient's norm
-    schedule: str = "cosine"  # cosine (to lr_end over the run) | constant
-    warmup: int = 10_000  # steps
-    lr_end: float = 1e-5
-    ema_decay: float = 0.9999
+GRID_COLUMNS = 4  # pictures of one class in a sample grid
+HELDOUT_BATCH = 64
 
 
-@dataclass
-class GeneratorConfig:
-    """Everything that Stage 2 is told; the defaults are for FlowMo-Lo on ImageNet at 256 x 256."""
+class MaskGIT(Stage):
+    """Masked prediction of the tokens in `data.tokens`, given the class.
 
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    loss: MaskLossConfig = field(default_factory=MaskLossConfig)
-    optim: GeneratorOptimConfig = field(default_factory=GeneratorOptimConfig)
-    sampler: TokenSamplerConfig = field(default_factory=TokenSamplerConfig)
-    batch: int = 128
-    steps: int = 3_002_735  # 300 epochs of 1,281,167 pictures
-    seed: int = 0
+    Calling it with (tokens int64 [B, N], labels int64 [B]) gives its losses.
 
-    def check(self) -> None:
-        """Raises ConfigError where a value is outside what the code knows."""
-        self.network.check()
-        self.sampler.check()
-        if self.optim.schedule not in ("cosine", "constant"):
-            raise ConfigError(f"optim.schedule={self.optim.schedule!r}: expected cosine or constant")
-        for name, value in (
-            ("loss.label_smoothing", self.loss.label_smoothing),
-            ("loss.unmasked_weight", self.loss.unmasked_weight),
-            ("loss.class_dropout", self.loss.class_dropout),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name}={value}: expected a number from 0 to 1")
-        if self.batch < 1 or self.steps < 1:
-            raise ConfigError(f"batch={self.batch}, steps={self.steps}: expected at least 1")
+    Raises:
+        FileNotFoundError, TokenCacheError: no token cache, an unfinished one, or one of other sizes than the network's
+            or another tokenizer than `generator.tokenizer`.
+    """
+
+    name = "maskgit"
+    shown = ("masked", "accuracy")
+    model: Generator
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.check(config)
+        assert config.data.tokens is not None
+        self.cache = TokenCache.open(config.data.tokens)
+        self.drawing = TokenGrid(config, self.cache, device) if config.generator.tokenizer else None
+        self.model = build_generator(self.cache, config.generator.network).to(device)
+        self.model.gradient_checkpointing = config.trainer.gradient_checkpointing
+        self.trained = dict(self.model.named_parameters())
+        self.loss = torch.compile(generator_loss) if config.trainer.compile else generator_loss
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.data.tokens is None:
+            raise ConfigError(
+                "data.tokens is not set: name a token cache; make one with python -m flowmo.tokenize DATA --checkpoint "
+                "C --out TOKENS"
+            )
+        if config.trainer.parallel == "fsdp":
+            raise ConfigError("trainer.parallel=fsdp: stage maskgit trains with ddp, every process has all weights")
+
+    def start_from(self, path: str) -> None:
+        """Take the averaged weights of a run, a generator's folder or a training checkpoint.
+
+        Raises:
+            ConfigError: a generator of other sizes. TokenCacheError: of other tokens or classes than the cache's.
+            FileNotFoundError, CheckpointError, DamagedCheckpoint: as reading them raises.
+        """
+        if checkpoint.is_checkpoint(Path(path)):
+            saved = checkpoint.read(path)
+            weights = {**saved["model"], **saved["optimizer"]["average"]}
+        else:
+            model = Generator.from_pretrained(path)
+            check_tokens(model, self.cache)
+            weights = model.state_dict()
+        shapes = {k: list(w.shape) for k, w in weights.items()}
+        if shapes != {k: list(w.shape) for k, w in self.model.state_dict().items()}:
+            raise ConfigError(
+                f"init={path} holds another model than generator.network asks for; give the sizes it was trained with"
+            )
+        self.model.load_state_dict(weights)
+
+    def empty_model(self) -> Generator:
+        return Generator(self.model.config, self.model.layout, self.model.class_names)
+
+    def batches(self, processes: Processes) -> TokenBatches:
+        c = self.config
+        batch = c.data.batch // (c.trainer.accumulate * processes.world)
+        return TokenBatches(
+            self.cache, batch, c.trainer.seed, rank=processes.rank, world=processes.world, device=self.device
+        )
+
+    def optimizer(self) -> AdamWEMA:
+        return AdamWEMA(self.trained, self.config.generator.optim)
+
+    def learning_rate(self, step: int, progress: float) -> float:
+        t = self.config.trainer
+        return learning_rate(self.config.generator.optim, step, t.steps, progress if t.minutes else 0.0)
+
+    def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        return self.loss(self.model, *batch, self.config.generator.loss, generator)
+
+    def clip_(self, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), self.config.generator.optim.clip, norm)
+
+    @property
+    def sequence(self) -> int:
+        return self.model.config.tokens + 1
+
+    def describe_model(self) -> str:
+        n = self.model.config
+        return f"{n.tokens} tokens of {n.bits} bits, {n.classes} classes"
+
+    def describe(self) -> str:
+        loss = self.config.generator.loss
+        tokenizer = self.config.generator.tokenizer or "none, so no sample grids (generator.tokenizer=)"
+        return (
+            f"label smoothing {loss.label_smoothing:g}, weight {loss.unmasked_weight:g} of known tokens, "
+            f"{loss.class_dropout:g} of the classes dropped, tokenizer {tokenizer}"
+        )
+
+    def step_flops(self) -> float:
+        return 3 * self.config.data.batch * forward_flops(self.model.config)
+
+    def samples(self, data: Batches) -> list[int]:
+        """Classes, spread evenly over all that there are."""
+        rows = max(1, self.config.trainer.sample_images // GRID_COLUMNS)
+        classes = len(self.cache.header.classes) or self.model.config.classes
+        return [i * classes // min(rows, classes) for i in range(min(rows, classes))]
+
+    def grid(self, model: Generator, samples: list[int]) -> Image.Image | None:
+        """A row of drawn pictures for each of some classes."""
+        return self.drawing(model, samples) if self.drawing else None
+
+    def measure(self) -> Measure | None:
+        h = self.config.heldout
+        if h.path is None:
+            logger.info("heldout.path is not set: nothing is measured; name a token cache of held-out pictures")
+            return None
+        if h.metric != "masked":
+            raise ConfigError(f"heldout.metric={h.metric}: stage maskgit measures masked alone")
+        return MaskedTokens(TokenCache.open(h.path, self.cache.header.layout), h.images, self.config.trainer.seed)
+
+
+class TokenGrid:
+    """Draws pictures of classes with the configured samplers, always with the same noise.
+
+    Raises:
+        TokenCacheError: the tokenizer is not the one that made the cache.
+    """
+
+    def __init__(self, config: Config, cache: TokenCache, device: torch.device) -> None:
+        self.config, self.layout, self.classes = config, cache.header.layout, cache.header.classes
+        # in fp32: the fingerprint is of these weights
+        self.tokenizer = FlowMo.from_pretrained(str(config.generator.tokenizer), dtype=torch.float32)
+        wrong = layout_of(self.tokenizer, self.layout.grouping).differences(self.layout)
+        if wrong:
+            raise TokenCacheError(
+                f"generator.tokenizer={config.generator.tokenizer} did not make the tokens in {cache.folder} "
+                f"(tokenizer and cache: {'; '.join(wrong)}); name the one that did"
+            )
+        self.tokenizer.to(device)
+
+    def __call__(self, model: Generator, classes: list[int]) -> Image.Image:
+        c = self.config
+        noise = torch.Generator(model.device).manual_seed(c.trainer.seed)
+        labels = torch.tensor(classes).repeat_interleave(GRID_COLUMNS)
+        tokens = sample_tokens(model, labels, c.generator.sampler, generator=noise)
+        s = c.sampler
+        pictures = self.tokenizer.decode(
+            self.layout.decode(tokens),
+            steps=s.steps,
+            rho=s.rho,
+            guidance=s.guidance,
+            guidance_interval=s.guidance_interval,
+            generator=torch.Generator().manual_seed(c.trainer.seed),
+        )
+        names = [self.classes[i] if i < len(self.classes) else str(i) for i in classes]
+        return make_grid(list(pictures.cpu().split(GRID_COLUMNS)), names)
+
+
+class MaskedTokens:
+    """How well masked tokens of a cache are predicted: "masked", their cross-entropy in nats, and "accuracy".
+
+    The first view of the first `count` pictures, under masks that depend on the seed alone; no class is dropped.
+    """
+
+    def __init__(self, cache: TokenCache, count: int, seed: int) -> None:
+        pictures = cache.done()[:count]
+        self.tokens, self.labels = cache.read(pictures, pictures * 0)
+        self.seed = seed
+
+    def __call__(self, model: Generator) -> dict[str, float]:
+        plain = MaskLossConfig(label_smoothing=0.0, unmasked_weight=0.0, class_dropout=0.0)
+        noise = torch.Generator(model.device).manual_seed(self.seed)
+        sums, masked = {"masked": 0.0, "accuracy": 0.0}, 0.0
+        for tokens, labels in zip(self.tokens.split(HELDOUT_BATCH), self.labels.split(HELDOUT_BATCH)):
+            losses = generator_loss(model, tokens.to(model.device), labels.to(model.device), plain, noise)
+            count = float(losses["ratio"]) * tokens.numel()
+            masked += count
+            for key in sums:
+                sums[key] += count * float(losses[key])
+        return {key: value / masked for key, value in sums.items()}
+
+
+def forward_flops(network: NetworkConfig) -> float:
+    """Floating-point operations of one forward pass for one picture; norms and embeddings are not counted."""
+    n, length, d = network, network.tokens + 1, network.hidden
+    block = (8.0 + 4.0 * n.mlp_ratio) * length * d**2 + 4.0 * length**2 * d
+    merges = n.depth // 2 * 4.0 * length * d**2
+    return (n.depth + 1) * block + merges + 2.0 * n.tokens * d * n.codes
 
 
 def build_generator(cache: TokenCache, network: NetworkConfig) -> Generator:
@@ -101,134 +242,7 @@ def check_tokens(model: Generator, cache: TokenCache) -> None:
         wrong.append("class names")
     if wrong:
         raise TokenCacheError(
-            f"{cache.folder}: not the tokens of this generator (generator and cache: {'; '.join(wrong)}); give its "
-            "sizes to the network, or tokenize the data with the tokenizer that it was trained with"
+            f"{cache.folder}: not the tokens of this generator (generator and cache: {'; '.join(wrong)}); give "
+            f"generator.network.tokens={layout.tokens} generator.network.bits={layout.bits} and enough classes "
+            "to a new one, or tokenize the data with the tokenizer that this one was trained with"
         )
-
-
-def random_masks(
-    batch: int,
-    tokens: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:  # [batch, tokens] bool, True where masked
-    """Masks of exactly round(N g) tokens and at least one, g = (2 / pi) arccos(u) with u uniform, drawn per picture."""
-    u = torch.rand(batch, generator=generator, device=device)
-    ratio = 2 / math.pi * torch.arccos(u)
-    count = (ratio * tokens).round().clamp_(min=1)
-    permutation = torch.rand(batch, tokens, generator=generator, device=device).argsort(dim=1)
-    return permutation < count[:, None]
-
-
-def generator_loss(
-    model: Generator,
-    tokens: Tensor,  # [B, N] int64
-    labels: Tensor,  # [B] int64
-    config: MaskLossConfig | GeneratorConfig,
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """Loss of one batch: smoothed cross-entropy, weighted sum over sum of weights.
-
-    Returns:
-        "total", the loss; and without gradient "masked", the unsmoothed cross-entropy at masked tokens in nats,
-        "accuracy" there, and "ratio", the part that is masked.
-    """
-    c = config.loss if isinstance(config, GeneratorConfig) else config
-    network = model.config
-    batch, length = tokens.shape
-    masked = random_masks(batch, length, generator, tokens.device)
-    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < c.class_dropout
-    logits = model(tokens.masked_fill(masked, network.mask_id), labels.masked_fill(dropped, network.null_class))
-    flat = logits.flatten(0, 1), tokens.flatten()
-    losses = F.cross_entropy(*flat, label_smoothing=c.label_smoothing, reduction="none").view_as(tokens)
-    weights = torch.where(masked, 1.0, c.unmasked_weight)
-    total = (weights * losses).sum() / weights.sum()
-    with torch.no_grad():
-        count = masked.sum()
-        plain = F.cross_entropy(*flat, reduction="none").view_as(tokens)
-        right = (logits.argmax(-1) == tokens) & masked
-        return {
-            "total": total,
-            "masked": (plain * masked).sum() / count,
-            "accuracy": right.sum() / count,
-            "ratio": count / masked.numel(),
-        }
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups for AdamW: matrices decay; norms, biases, embeddings and positions do not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-        (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def build_optimizer(model: nn.Module, config: GeneratorOptimConfig) -> torch.optim.AdamW:
-    groups = parameter_groups(model, config.weight_decay)
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-
-
-def learning_rate(config: GeneratorOptimConfig, step: int, steps: int) -> float:
-    """Rate of the step after `step` of `steps`: linear warm-up, then a cosine to `lr_end`, or constant."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    part = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
-    return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * part))
-
-
-def ema_decay(config: GeneratorOptimConfig, step: int) -> float:
-    """Decay of the average after `step` steps: young averages forget the initial weights faster."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
-
-
-def fit(
-    model: Generator,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    config: GeneratorConfig,
-    *,
-    report: Callable[[int, dict[str, float]], None] | None = None,
-    report_every: int = 100,
-) -> dict[str, Tensor]:
-    """Train in place for `config.steps` steps: one process, in memory, nothing saved.
-
-    Args:
-        batches: of (tokens [B, N], labels [B]) on the device of the model.
-        report: called every `report_every` steps with the means of the losses since.
-
-    Returns:
-        The averaged weights, a state dict.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    config.check()
-    optimizer = build_optimizer(model, config.optim)
-    source = torch.Generator(model.device).manual_seed(config.seed)
-    weights = {k: p.detach() for k, p in model.named_parameters()}
-    average = {k: p.clone() for k, p in weights.items()}
-    window: list[dict[str, Tensor]] = []
-    model.train()
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, step, config.steps)
-        losses = generator_loss(model, *next(batches), config, source)
-        optimizer.zero_grad()
-        losses["total"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step()
-        ema_(list(average.values()), list(weights.values()), ema_decay(config.optim, step))
-        window.append({k: v.detach() for k, v in losses.items()})
-        if (step + 1) % report_every == 0 or step + 1 == config.steps:
-            means = {k: float(torch.stack([w[k] for w in window]).mean()) for k in window[0]}
-            if not math.isfinite(means["total"]):
-                raise FloatingPointError(f"the loss is {means['total']} at step {step + 1}; lower optim.lr")
-            if report is not None:
-                report(step + 1, means)
-            window = []
-    model.eval()
-    return average

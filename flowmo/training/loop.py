@@ -11,6 +11,7 @@ from torch import Tensor
 import flowmo_kernels
 from flowmo.config import Config
 from flowmo.data import save_png
+from flowmo.generator.stage import MaskGIT
 from flowmo.training import distributed, session
 from flowmo.training.flops import peak_flops
 from flowmo.training.log import RunLog
@@ -23,7 +24,7 @@ from flowmo.training.state import TrainState, noise_seed
 
 __all__ = ["STAGES", "Trainer", "fast_math", "noise_seed", "resolve_device", "resolve_precision"]
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Pretrain, Posttrain)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Pretrain, Posttrain, MaskGIT)}
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1K, in which the published lengths are counted
 
@@ -97,7 +98,7 @@ class Trainer(TrainState):
                     saved_at = self.step
         if self.step != saved_at:
             self.save()
-        if self.finished:
+        if self.finished and self.step % t.sample_every:
             self._sample(log)
         if log:
             if not self.finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 from flowmo.config import Config, ConfigError, from_yaml, to_yaml
 from flowmo.files import atomic_write
+from flowmo.generator_config import TokenSamplerConfig
 from flowmo.training import checkpoint
 
 # What may differ between a run's saved configuration and the command that resumes it.
@@ -19,6 +21,8 @@ FREE_KEYS = (
     *(f"trainer.{k}" for k in ("accumulate", "parallel", "max_skipped", "profile", "wandb")),
     *(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval")),
     *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
+    *(f"generator.sampler.{f.name}" for f in fields(TokenSamplerConfig)),
+    "generator.tokenizer",
 )
 
 

@@ -206,7 +206,8 @@ def test_quickstart_runs_to_its_verdict(tokenizer, tmp_path, capsys):
     assert "NOT MET" in said and "astronaut" in said and "train the tokenizer for longer" in said
     result = json.loads((tmp_path / "quick" / "result.json").read_text())
     assert not result["met"] and result["pictures"] == 10 and sum(result["right_by_class"].values()) == result["right"]
-    for name in ("grid.png", "result.json", "tokens/header.json", "generator/model.safetensors", "samples/samples.npz"):
+    made = ("generator/model/model.safetensors", "generator/config.yaml", "samples/samples.npz", "tokens/header.json")
+    for name in ("grid.png", "result.json", *made):
         assert (tmp_path / "quick" / name).exists(), name
 
 
