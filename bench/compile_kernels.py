@@ -35,11 +35,8 @@ ARCHITECTURES = (80, 90, 100)
 # (kernel, label, architecture): why this spill is right. Empty: nothing spills.
 ALLOWED_SPILLS: dict[tuple[str, str, int], str] = {}
 
-# Kernels that need a newer architecture than the oldest one: the first that has what they use, and what that is.
-NEEDS: dict[str, tuple[int, str]] = {
-    name: (89, "the e4m3 format")
-    for name in ("norm_modulate_fp8_kernel", "attention_quantize_kernel", "attention_quantized_kernel")
-}
+# Number types that older architectures do not have: the first that has them.
+NEEDS = {"fp8e4nv": 89}
 
 
 @dataclass
@@ -133,12 +130,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     jobs = []
     for name in op_modules(options.only):
-        for index, (kernel, *_) in enumerate(importlib.import_module(f"flowmo_kernels.{name}").aot_signatures()):
-            least, why = NEEDS.get(kernel.__name__, (0, ""))
+        for index, signature in enumerate(importlib.import_module(f"flowmo_kernels.{name}").aot_signatures()):
+            types = {kind.lstrip("*") for kind in signature[1].values()}
+            least, why = max(((NEEDS[t], t) for t in types & set(NEEDS)), default=(0, ""))
             jobs += [(name, index, arch) for arch in architectures if arch >= least]
             for arch in architectures:
                 if arch < least:
-                    print(f"{kernel.__name__} needs {why} of sm_{least}: not compiled for sm_{arch}")
+                    print(f"{signature[-1]} needs {why} of sm_{least}: not compiled for sm_{arch}")
     if not jobs:
         print(f"no op module with kernels matches {options.only!r}")
         return 2

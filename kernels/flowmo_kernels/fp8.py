@@ -19,20 +19,9 @@ from torch import Tensor
 
 from ._dispatch import KernelUnavailableError, asked, chosen, constant_result, why_no_triton
 from ._library import register, rows_contiguous, wants_grad
-from ._rows import (
-    Signature,
-    load_rows,
-    load_vector,
-    n_tiles,
-    normalise,
-    row_launch,
-    row_signatures,
-    store_rows,
-    tile_rows,
-    vector_strides,
-)
-from ._triton import cast, jit, tl
+from ._rows import Signature
 from .gate_residual import check_gate_residual, gate_residual_ref
+from .gate_residual_triton import forward, forward_signatures
 from .norm_modulate import check_norm_modulate, norm_modulate_ref
 
 FP8 = torch.float8_e4m3fn
@@ -111,73 +100,6 @@ def gate_residual_norm_modulate_fp8_ref(
     return x, *norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
 
 
-@jit
-def norm_modulate_fp8_kernel(
-    p_x,  # [B, L, D]
-    p_branch,  # [B, L, D]
-    p_gate,  # [B, S, D]
-    p_shift,  # [B, S, D]
-    p_scale,  # [B, S, D]
-    p_sum,  # [B, L, D] contiguous: x', where RESIDUAL
-    p_y,  # [B, L, D] contiguous, fp8
-    p_row_scale,  # [B, L] fp32
-    length,
-    split,
-    stride_xb,
-    stride_xl,
-    stride_rb,
-    stride_rl,
-    stride_gb,
-    stride_gs,
-    stride_hb,
-    stride_hs,
-    stride_cb,
-    stride_cs,
-    eps,
-    D: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITERS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
-    MODULATED: tl.constexpr,
-):
-    """Optional residual sum, modulated LayerNorm, and division by the largest value of the row."""
-    i = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
-    if GATED:
-        b_gate_hi, b_gate_lo = load_vector(p_gate + i_b * stride_gb + stream * stride_gs, D, HI, LO)
-    if MODULATED:
-        b_shift_hi, b_shift_lo = load_vector(p_shift + i_b * stride_hb + stream * stride_hs, D, HI, LO)
-        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
-    for j in range(ITERS):
-        o_row = start + j * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < end
-        b_hi, b_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
-        if RESIDUAL:
-            b_branch_hi, b_branch_lo = load_rows(p_branch + i_b * stride_rb, stride_rl, o_row, m_row, D, HI, LO)
-            if GATED:
-                b_branch_hi *= b_gate_hi
-                b_branch_lo *= b_gate_lo
-            b_sum_hi = cast(b_hi + b_branch_hi, p_sum.dtype.element_ty)
-            b_sum_lo = cast(b_lo + b_branch_lo, p_sum.dtype.element_ty)
-            store_rows(p_sum + i_b * length * D, D, o_row, m_row, b_sum_hi, b_sum_lo, D, HI, LO)
-            b_hi, b_lo = b_sum_hi.to(tl.float32), b_sum_lo.to(tl.float32)
-        b_hi, b_lo, _ = normalise(b_hi, b_lo, eps, D, HI, LO)
-        if MODULATED:
-            b_hi = b_hi * (1.0 + b_scale_hi) + b_shift_hi
-            b_lo = b_lo * (1.0 + b_scale_lo) + b_shift_lo
-        # Masked columns are zero: normalise leaves zeros there, and the vectors are loaded as zeros.
-        b_most = tl.maximum(tl.max(tl.abs(b_hi), 1), tl.max(tl.abs(b_lo), 1))
-        b_row_scale = tl.maximum(b_most, 1e-12) / 448.0
-        tl.store(p_row_scale + i_b * length + o_row, b_row_scale, mask=m_row)
-        b_hi = cast(b_hi / b_row_scale[:, None], p_y.dtype.element_ty)
-        b_lo = cast(b_lo / b_row_scale[:, None], p_y.dtype.element_ty)
-        store_rows(p_y + i_b * length * D, D, o_row, m_row, b_hi, b_lo, D, HI, LO)
-
-
 def _forward(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     split: int, eps: float,
@@ -185,19 +107,7 @@ def _forward(
     x = rows_contiguous(x)
     branch, gate, shift, scale = (None if t is None else rows_contiguous(t) for t in (branch, gate, shift, scale))
     x_new, y, row_scale = _forward_fake(x, branch, gate, shift, scale, split, eps)
-    b, length, d = x.shape
-    if x.numel():
-        launch = row_launch(d, b * length, reduces=False)
-        r = x if branch is None else branch
-        norm_modulate_fp8_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
-            x, r, x if gate is None else gate, x if shift is None else shift, x if scale is None else scale,
-            x if branch is None else x_new, y, row_scale, length, split,
-            x.stride(0), x.stride(1), r.stride(0), r.stride(1),
-            *vector_strides(gate), *vector_strides(shift), *vector_strides(scale), eps,
-            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
-            RESIDUAL=branch is not None, GATED=gate is not None, MODULATED=scale is not None,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+    forward(x, branch, gate, shift, scale, None if branch is None else x_new, y, row_scale, split, eps)
     return x_new, y, row_scale
 
 
@@ -328,8 +238,8 @@ def linear_fp8(
     dtype = dtype if out is None else out.dtype
     implementation("linear_fp8", x)
     if not x.is_cuda or asked("linear_fp8") == "ref" or x.numel() == 0:
-        y = linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
-        return y if out is None else out.copy_(y)
+        reference = linear_fp8_ref(x, x_scale, w, w_scale, b, dtype=dtype)
+        return reference if out is None else out.copy_(reference)
     if d % 16 or f % 16:
         raise ValueError(f"D = {d} and F = {f}; fp8 matrix products on CUDA need multiples of 16")
     target = out.view(-1, f) if out is not None and out.is_contiguous() else None
@@ -340,11 +250,9 @@ def linear_fp8(
         "out_dtype": dtype,
         "use_fast_accum": True,
     }
-    y: Tensor
-    if target is None:
-        y = torch._scaled_mm(x.reshape(-1, d), w.t(), **arguments)
-    else:
-        y = torch._scaled_mm(x.reshape(-1, d), w.t(), **arguments, out=target)
+    if target is not None:
+        arguments["out"] = target
+    y: Tensor = torch._scaled_mm(x.reshape(-1, d), w.t(), **arguments)
     if b is not None and dtype == torch.float32:  # the product takes a bias of the half types only
         y += b
     y = y.view(*x.shape[:-1], f)
@@ -353,10 +261,9 @@ def linear_fp8(
 
 def aot_signatures() -> list[Signature]:
     """Every kernel of this file at the real shapes, for compilation ahead of time (compute capability 8.9 and up)."""
-    flags = {"RESIDUAL": True, "GATED": True, "MODULATED": True}
-    found = row_signatures("gate_residual_norm_modulate_fp8", norm_modulate_fp8_kernel, False, **flags)
-    flags = {"RESIDUAL": False, "GATED": False, "MODULATED": True}
-    found += row_signatures("norm_modulate_fp8", norm_modulate_fp8_kernel, False, **flags)
+    on = {"MODULATED": True, "ROW_SCALED": True}
+    found = forward_signatures("gate_residual_norm_modulate_fp8", RESIDUAL=True, GATED=True, **on)
+    found += forward_signatures("norm_modulate_fp8", **on)
     for _, types, *_ in found:
         types["p_y"] = "*fp8e4nv"
     return found

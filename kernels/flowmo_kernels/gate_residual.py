@@ -19,22 +19,8 @@ from torch import Tensor
 
 from ._dispatch import chosen
 from ._library import register, rows_contiguous, wants_grad
-from ._rows import (
-    Signature,
-    load_rows,
-    load_vector,
-    n_tiles,
-    normalise,
-    normalise_backward,
-    row_launch,
-    row_signatures,
-    store_rows,
-    store_vector,
-    sum_tiles,
-    tile_rows,
-    vector_strides,
-)
-from ._triton import cast, cdiv, jit, tl
+from ._rows import Signature
+from .gate_residual_triton import backward, backward_signatures, forward, forward_signatures
 from .norm_modulate import (
     apply_by_stream,
     check_modulation,
@@ -82,195 +68,8 @@ def gate_residual_norm_modulate_ref(
     return x, norm_modulate_ref(x, shift, scale, split=split, eps=eps)
 
 
-@jit
-def gate_residual_kernel(
-    p_x,  # [B, L, D]
-    p_branch,  # [B, L, D]
-    p_gate,  # [B, S, D]
-    p_shift,  # [B, S, D]
-    p_scale,  # [B, S, D]
-    p_sum,  # [B, L, D] contiguous: x'
-    p_y,  # [B, L, D] contiguous
-    length,
-    split,
-    stride_xb,
-    stride_xl,
-    stride_rb,
-    stride_rl,
-    stride_gb,
-    stride_gs,
-    stride_hb,
-    stride_hs,
-    stride_cb,
-    stride_cs,
-    eps,
-    D: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITERS: tl.constexpr,
-    GATED: tl.constexpr,
-    NORM: tl.constexpr,
-    MODULATED: tl.constexpr,
-):
-    """x' = x + gate * branch and, where NORM, its modulated LayerNorm."""
-    i = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
-    if GATED:
-        b_gate_hi, b_gate_lo = load_vector(p_gate + i_b * stride_gb + stream * stride_gs, D, HI, LO)
-    if MODULATED:
-        b_shift_hi, b_shift_lo = load_vector(p_shift + i_b * stride_hb + stream * stride_hs, D, HI, LO)
-        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
-    dtype: tl.constexpr = p_sum.dtype.element_ty
-    for j in range(ITERS):
-        o_row = start + j * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < end
-        b_hi, b_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
-        b_branch_hi, b_branch_lo = load_rows(p_branch + i_b * stride_rb, stride_rl, o_row, m_row, D, HI, LO)
-        if GATED:
-            b_branch_hi *= b_gate_hi
-            b_branch_lo *= b_gate_lo
-        b_hi = cast(b_hi + b_branch_hi, dtype)
-        b_lo = cast(b_lo + b_branch_lo, dtype)
-        store_rows(p_sum + i_b * length * D, D, o_row, m_row, b_hi, b_lo, D, HI, LO)
-        if NORM:
-            b_hi, b_lo, _ = normalise(b_hi.to(tl.float32), b_lo.to(tl.float32), eps, D, HI, LO)
-            if MODULATED:
-                b_hi = b_hi * (1.0 + b_scale_hi) + b_shift_hi
-                b_lo = b_lo * (1.0 + b_scale_lo) + b_shift_lo
-            store_rows(p_y + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
-
-
-@jit
-def gate_residual_backward_kernel(
-    p_dsum,  # [B, L, D]: gradient that reaches x' directly
-    p_dy,  # [B, L, D]
-    p_sum,  # [B, L, D]: x'
-    p_branch,  # [B, L, D]
-    p_gate,  # [B, S, D]
-    p_scale,  # [B, S, D]
-    p_dx,  # [B, L, D] contiguous; where NORM
-    p_dbranch,  # [B, L, D] contiguous; where GATED
-    p_part,  # [B, tiles, V, D] fp32: partial dgate where GATED, then dshift, dscale where MODULATED
-    length,
-    split,
-    stride_dsb,
-    stride_dsl,
-    stride_dyb,
-    stride_dyl,
-    stride_sb,
-    stride_sl,
-    stride_rb,
-    stride_rl,
-    stride_gb,
-    stride_gs,
-    stride_cb,
-    stride_cs,
-    eps,
-    D: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITERS: tl.constexpr,
-    GATED: tl.constexpr,
-    NORM: tl.constexpr,
-    MODULATED: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
-    if GATED:
-        b_gate_hi, b_gate_lo = load_vector(p_gate + i_b * stride_gb + stream * stride_gs, D, HI, LO)
-        b_dgate_hi = tl.zeros([HI], tl.float32)
-        b_dgate_lo = tl.zeros([LO], tl.float32)
-    if MODULATED:
-        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
-        b_dshift_hi = tl.zeros([HI], tl.float32)
-        b_dshift_lo = tl.zeros([LO], tl.float32)
-        b_dscale_hi = tl.zeros([HI], tl.float32)
-        b_dscale_lo = tl.zeros([LO], tl.float32)
-    for j in range(ITERS):
-        o_row = start + j * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < end
-        b_hi, b_lo = load_rows(p_dsum + i_b * stride_dsb, stride_dsl, o_row, m_row, D, HI, LO)
-        if NORM:
-            b_n_hi, b_n_lo = load_rows(p_sum + i_b * stride_sb, stride_sl, o_row, m_row, D, HI, LO)
-            b_g_hi, b_g_lo = load_rows(p_dy + i_b * stride_dyb, stride_dyl, o_row, m_row, D, HI, LO)
-            b_n_hi, b_n_lo, b_rstd = normalise(b_n_hi, b_n_lo, eps, D, HI, LO)
-            if MODULATED:
-                b_dshift_hi += tl.sum(b_g_hi, 0)
-                b_dshift_lo += tl.sum(b_g_lo, 0)
-                b_dscale_hi += tl.sum(b_g_hi * b_n_hi, 0)
-                b_dscale_lo += tl.sum(b_g_lo * b_n_lo, 0)
-                b_g_hi *= 1.0 + b_scale_hi
-                b_g_lo *= 1.0 + b_scale_lo
-            b_g_hi, b_g_lo = normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D)
-            b_hi += b_g_hi
-            b_lo += b_g_lo
-            dtype: tl.constexpr = p_dx.dtype.element_ty
-            p_out = p_dx + i_b * length * D
-            store_rows(p_out, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
-        if GATED:
-            b_r_hi, b_r_lo = load_rows(p_branch + i_b * stride_rb, stride_rl, o_row, m_row, D, HI, LO)
-            b_dgate_hi += tl.sum(b_hi * b_r_hi, 0)
-            b_dgate_lo += tl.sum(b_lo * b_r_lo, 0)
-            dtype_branch: tl.constexpr = p_dbranch.dtype.element_ty
-            b_hi = cast(b_hi * b_gate_hi, dtype_branch)
-            b_lo = cast(b_lo * b_gate_lo, dtype_branch)
-            store_rows(p_dbranch + i_b * length * D, D, o_row, m_row, b_hi, b_lo, D, HI, LO)
-    n_vectors: tl.constexpr = (1 if GATED else 0) + (2 if MODULATED else 0)
-    p_vectors = p_part + (i_b * tl.num_programs(0) + i) * n_vectors * D
-    if GATED:
-        store_vector(p_vectors, b_dgate_hi, b_dgate_lo, D, HI, LO)
-        p_vectors += D
-    if MODULATED:
-        store_vector(p_vectors, b_dshift_hi, b_dshift_lo, D, HI, LO)
-        store_vector(p_vectors + D, b_dscale_hi, b_dscale_lo, D, HI, LO)
-
-
 def _rows_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else rows_contiguous(t) for t in tensors]
-
-
-def _launch_forward(
-    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    x_new: Tensor, y: Tensor | None, split: int, eps: float,
-) -> None:  # fmt: skip
-    b, length, d = x.shape
-    if x.numel() == 0:
-        return
-    launch = row_launch(d, b * length, reduces=False)
-    gate_residual_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
-        x, branch, x if gate is None else gate, x if shift is None else shift, x if scale is None else scale,
-        x_new, x_new if y is None else y, length, split,
-        x.stride(0), x.stride(1), branch.stride(0), branch.stride(1),
-        *vector_strides(gate), *vector_strides(shift), *vector_strides(scale), eps,
-        D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
-        GATED=gate is not None, NORM=y is not None, MODULATED=scale is not None, num_warps=launch.num_warps,
-    )  # fmt: skip
-
-
-def _launch_backward(
-    dx_new: Tensor, dy: Tensor | None, x_new: Tensor | None, branch: Tensor, gate: Tensor | None,
-    scale: Tensor | None, dx: Tensor, dbranch: Tensor, sums: tuple[Tensor, ...], split: int, eps: float,
-) -> None:  # fmt: skip
-    b, length, d = branch.shape
-    launch = row_launch(d, b * length, reduces=True)
-    tiles = n_tiles(length, split, launch.rows * launch.iters)
-    partial = torch.empty(b, tiles, len(sums), d, device=branch.device, dtype=torch.float32)
-    s, g = branch if x_new is None else x_new, branch if dy is None else dy
-    if branch.numel():
-        gate_residual_backward_kernel[(tiles, b)](
-            dx_new, g, s, branch, branch if gate is None else gate, branch if scale is None else scale,
-            dx, dbranch, partial, length, split,
-            dx_new.stride(0), dx_new.stride(1), g.stride(0), g.stride(1), s.stride(0), s.stride(1),
-            branch.stride(0), branch.stride(1), *vector_strides(gate), *vector_strides(scale), eps,
-            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
-            GATED=gate is not None, NORM=dy is not None, MODULATED=scale is not None, num_warps=launch.num_warps,
-        )  # fmt: skip
-    if sums:
-        sum_tiles(partial, sums, cdiv(split, launch.rows * launch.iters))
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -290,7 +89,7 @@ def _plain(x: Tensor, branch: Tensor, gate: Tensor | None, split: int, impl: str
         out: Tensor = _cuda.gate_residual(x, branch, gate, split)
         return out
     x_new = _empty_like(x)
-    _launch_forward(x, branch, gate, None, None, x_new, None, split, 0.0)
+    forward(x, branch, gate, None, None, x_new, None, None, split, 0.0)
     return x_new
 
 
@@ -308,7 +107,7 @@ def _plain_backward(
         grads: tuple[Tensor, Tensor] = _cuda.gate_residual_backward(dx_new, branch, gate, split)
         return grads
     dbranch, dgate = _plain_backward_fake(dx_new, branch, gate, split, impl)
-    _launch_backward(dx_new, None, None, branch, gate, None, dbranch, dbranch, (dgate,), split, 0.0)
+    backward(dx_new, None, None, branch, gate, None, dbranch, dbranch, (dgate,), split, 0.0)
     return dbranch, dgate
 
 
@@ -330,7 +129,7 @@ def _fused(
         out: tuple[Tensor, Tensor] = _cuda.gate_residual_norm_modulate(x, branch, gate, shift, scale, split, eps)
         return out
     x_new, y = _empty_like(x), _empty_like(x)
-    _launch_forward(x, branch, gate, shift, scale, x_new, y, split, eps)
+    forward(x, branch, gate, shift, scale, x_new, y, None, split, eps)
     return x_new, y
 
 
@@ -357,7 +156,7 @@ def _fused_backward(
     out = _fused_backward_fake(dx_new, dy, x_new, branch, gate, scale, split, eps, impl)
     dx, dbranch, dgate, dshift, dscale = out
     sums = (() if gate is None else (dgate,)) + (() if scale is None else (dshift, dscale))
-    _launch_backward(dx_new, dy, x_new, branch, gate, scale, dx, dbranch, sums, split, eps)
+    backward(dx_new, dy, x_new, branch, gate, scale, dx, dbranch, sums, split, eps)
     return out
 
 
@@ -496,14 +295,13 @@ def gate_residual_norm_modulate(
 
 
 def aot_signatures() -> list[Signature]:
-    """Every kernel of this file at the real shapes, for compilation ahead of time."""
-    forward, backward = gate_residual_kernel, gate_residual_backward_kernel
+    """Every kernel of this op at the real shapes, for compilation ahead of time."""
     found: list[Signature] = []
     for name, flags in {
         "gate_residual": {"GATED": True, "NORM": False, "MODULATED": False},
         "gate_residual_norm_modulate": {"GATED": True, "NORM": True, "MODULATED": True},
         "gate_residual_norm_modulate plain": {"GATED": False, "NORM": True, "MODULATED": False},
     }.items():
-        found += row_signatures(name, forward, False, **flags)
-        found += row_signatures(f"{name} backward", backward, True, **flags)
+        found += forward_signatures(name, RESIDUAL=True, **flags)
+        found += backward_signatures(f"{name} backward", **flags)
     return found
