@@ -29,6 +29,10 @@ class FlowMo(nn.Module):
 
     Args:
         config: sizes, or the name of a preset ("lo", "hi", "small", "continuous", "tiny", "quickstart").
+
+    Attributes:
+        sampler: the steps, rho and guidance that decoding takes where nobody says others: the paper's, or those that a
+            distilled decoder was made for, which its files carry.
     """
 
     def __init__(self, config: ModelConfig | str = "lo") -> None:
@@ -57,6 +61,27 @@ class FlowMo(nn.Module):
             **shared,
         )
         self.engine = Engine()
+        self.sampler = Schedule()
+
+    def schedule(
+        self,
+        steps: int | None = None,
+        rho: float | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = (0.17, 1.02),
+        solver: str = "euler",
+        tail_merge: int | None = None,
+    ) -> Schedule:
+        """Sampler options, with this model's own steps, rho and guidance in the place of None."""
+        own = self.sampler
+        return Schedule(
+            own.steps if steps is None else steps,
+            own.rho if rho is None else rho,
+            own.guidance if guidance is None else guidance,
+            _pair(guidance_interval),
+            solver,
+            tail_merge,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -166,9 +191,9 @@ class FlowMo(nn.Module):
     def decode(
         self,
         codes: Tensor,  # [B, T, C]
-        steps: int = 25,
-        rho: float = 4.0,
-        guidance: float = 1.5,
+        steps: int | None = None,
+        rho: float | None = None,
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = (0.17, 1.02),
         noise: Tensor | None = None,  # [B, 3, S, S], standard normal
         generator: torch.Generator | None = None,
@@ -179,7 +204,8 @@ class FlowMo(nn.Module):
         """Pictures of codes by the guided Euler sampler.
 
         Args:
-            steps: solver steps; times are ((n - i) / n)^rho.
+            steps: solver steps; times are ((n - i) / n)^rho. None: the model's own, 25 with rho 4 and guidance 1.5
+                unless it was distilled.
             guidance: weight w of v_null + w (v - v_null); 1 switches guidance off.
             guidance_interval: EDM noise-to-signal ratios between which guidance acts; None guides every step.
             noise: the starting noise; drawn from `generator` (or the global state) where None. The same noise, or
@@ -209,7 +235,7 @@ class FlowMo(nn.Module):
             return torch.zeros(shape, device=self.device)
         codes = codes.to(self.device, self.dtype)
         noise = noise.to(self.device, torch.float32)
-        schedule = Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge)
+        schedule = self.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge)
         if plan:
             engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, Execution(self._precision()))
             return engine_plan.run(codes, noise)
@@ -230,9 +256,9 @@ class FlowMo(nn.Module):
     def decode_plan(
         self,
         batch: int,
-        steps: int = 25,
-        rho: float = 4.0,
-        guidance: float = 1.5,
+        steps: int | None = None,
+        rho: float | None = None,
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = (0.17, 1.02),
         *,
         solver: str = "euler",
@@ -274,7 +300,7 @@ class FlowMo(nn.Module):
         plan = self.engine.decode_plan(
             self,
             batch,
-            Schedule(steps, rho, guidance, _pair(guidance_interval), solver, tail_merge),
+            self.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge),
             Execution(dtype, graph, fp8, attention, overlap),
             cache,
             drop_modulation,

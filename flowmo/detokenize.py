@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         model, options.batch, options.steps, options.rho, options.guidance, interval, solver=options.solver
     )
     print(
-        f"{len(inputs)} files, tokenizer {layout.tokenizer[:12]}, {options.solver}, {options.steps} steps, "
+        f"{len(inputs)} files, tokenizer {layout.tokenizer[:12]}, {options.solver}, {decoder.schedule.steps} steps, "
         f"{decoder.schedule.forwards} forward passes a tile, on {model.device}; {flowmo_kernels.describe()}",
         flush=True,
     )
@@ -143,10 +143,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--show", action="store_true", help="print what the files say and stop")
     p.add_argument("--any-tokenizer", action="store_true", help="let pass a model of the same sizes but other weights")
     p.add_argument("--batch", type=int, default=16, help="tiles at once")
-    p.add_argument("--steps", type=int, default=25, help="of the sampler")
-    p.add_argument("--rho", type=float, default=4.0, help="time spacing; 1 is even")
+    p.add_argument("--steps", type=int, help="of the sampler; default: the model's own, 25 unless distilled")
+    p.add_argument("--rho", type=float, help="time spacing, 1 is even; default: the model's own, 4")
     p.add_argument("--solver", default="euler", choices=tuple(SOLVERS), help="of the flow")
-    p.add_argument("--guidance", type=float, default=1.5, help="guidance weight; 1 is off")
+    p.add_argument("--guidance", type=float, help="guidance weight, 1 is off; default: the model's own, 1.5")
     p.add_argument("--guide-all", action="store_true", help="guide every step, not those of the interval alone")
     p.add_argument("--seed", type=int, default=0, help="of the starting noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")

@@ -216,8 +216,8 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument("--draw", default=d.draw, choices=("annealed", "categorical"))
     tokens.add_argument("--confidence", default=d.confidence, choices=("logit", "log_prob"))
     decoder = p.add_argument_group("decoding them")
-    decoder.add_argument("--decoder-steps", type=int, default=25)
-    decoder.add_argument("--decoder-guidance", type=float, default=1.5)
+    decoder.add_argument("--decoder-steps", type=int, help="default: the tokenizer's own, 25 unless distilled")
+    decoder.add_argument("--decoder-guidance", type=float, help="default: the tokenizer's own, 1.5")
     return p
 
 

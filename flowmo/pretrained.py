@@ -6,6 +6,7 @@ A FlowMo state dict carries the released key names as it is, so `model.state_dic
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -20,13 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowmo.config import ConfigError, ModelConfig
+from flowmo.engine import Schedule
 from flowmo.files import atomic_write
+from flowmo.sampling import time_grid
 
 if TYPE_CHECKING:
     from flowmo.autoencoder import FlowMo
 
 ENTROPY_BITS = {18: 9, 56: 14}  # of the published latent channel counts
 RAW, EMA = "model_state_dict", "model_ema_state_dict"
+MOST_STEPS = 10_000
+SAMPLER = ("steps", "rho", "guidance")  # what a model's files may say of its sampler
 
 
 class CheckpointError(ValueError):
@@ -61,14 +66,15 @@ def load(
         CheckpointError: not a FlowMo model, unsafe pickle, or missing, unexpected and wrongly shaped keys.
     """
     path = _resolve(path)
+    sampler = Schedule()
     if path.is_dir():
-        config = read_config(path / "config.json")
+        config, sampler = read_config(path / "config.json")
         try:
             state = load_file(path / "model.safetensors")
         except (FileNotFoundError, SafetensorError) as error:
             raise CheckpointError(f"{path / 'model.safetensors'}: {error}; save the model again") from error
     elif path.suffix == ".safetensors":
-        config, state = _read_safetensors(path)
+        config, sampler, state = _read_safetensors(path)
     else:
         state = _read_released(path, ema)
         config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path), fsq_levels)
@@ -76,6 +82,7 @@ def load(
         model = cls(config)
     check_keys(model.state_dict(), state, str(path))
     model.load_state_dict(state, assign=True)
+    model.sampler = sampler
     return model.to(device=device, dtype=dtype).eval().requires_grad_(True)
 
 
@@ -94,7 +101,10 @@ def save_file_with_config(model: FlowMo, path: str | os.PathLike[str]) -> None:
 
 
 def _config_text(model: FlowMo) -> str:
-    return json.dumps(asdict(model.config), indent=2) + "\n"
+    content = asdict(model.config)
+    if model.sampler != Schedule():  # a distilled decoder's
+        content["sampler"] = {key: getattr(model.sampler, key) for key in SAMPLER}
+    return json.dumps(content, indent=2) + "\n"
 
 
 def save_released(
@@ -193,13 +203,35 @@ def shipped_weights(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> tuple[ModelConfig, Schedule]:
+    """Sizes and the sampler of a model folder's `config.json`.
+
+    Raises:
+        CheckpointError: no such file, or one that says something else.
+    """
     try:
-        config = ModelConfig(**json.loads(path.read_text()))
-        config.check()
-    except (OSError, json.JSONDecodeError, TypeError, ConfigError) as error:
+        return _parse_config(path.read_text())
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: no model configuration: {error}") from error
-    return config
+
+
+def _parse_config(text: str) -> tuple[ModelConfig, Schedule]:
+    """Raises ValueError (of which ConfigError and JSON's error are kinds) or TypeError."""
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object of sizes, found a {type(content).__name__}")
+    own = content.pop("sampler", {})
+    config = ModelConfig(**content)
+    config.check()
+    if not isinstance(own, dict) or not own.keys() <= set(SAMPLER):
+        raise ValueError(f"sampler: expected {', '.join(SAMPLER)}, found {own}")
+    sampler = Schedule(**own)
+    if isinstance(sampler.steps, bool) or not isinstance(sampler.steps, int) or sampler.steps > MOST_STEPS:
+        raise ValueError(f"sampler: steps={sampler.steps!r}: expected a whole number from 1 to {MOST_STEPS}")
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in (sampler.rho, sampler.guidance)):
+        raise ValueError(f"sampler: rho={sampler.rho!r}, guidance={sampler.guidance!r}: expected numbers")
+    time_grid(sampler.steps, sampler.rho)  # raises where they are out of range
+    return config, sampler
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
@@ -240,7 +272,7 @@ def _read_released(path: Path, ema: bool) -> dict[str, Tensor]:
     return dict(content[key])
 
 
-def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> tuple[ModelConfig, Schedule, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -249,7 +281,10 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{path}: {error}; expected a safetensors file") from error
     if "config" not in metadata:
         raise CheckpointError(f"{path}: no model configuration in its metadata; load its folder, with config.json")
-    return ModelConfig(**json.loads(metadata["config"])), state
+    try:
+        return *_parse_config(metadata["config"]), state
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: no model configuration in its metadata: {error}") from error
 
 
 def _some(items: list[str], most: int = 6) -> str:

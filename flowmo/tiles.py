@@ -203,18 +203,17 @@ class TileDecoder:
         self,
         model: FlowMo,
         batch: int = 16,
-        steps: int = 25,
-        rho: float = 4.0,
-        guidance: float = 1.5,
+        steps: int | None = None,
+        rho: float | None = None,
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = (0.17, 1.02),
         solver: str = "euler",
         tail_merge: int | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch}: expected at least 1 tile")
-        interval = None if guidance_interval is None else (float(guidance_interval[0]), float(guidance_interval[1]))
         self.model, self.batch = model, batch
-        self.schedule = Schedule(steps, rho, guidance, interval, solver, tail_merge)
+        self.schedule = model.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge)
         self._guided = self.schedule.guided
         self._plans: dict[tuple[bool, int], _VelocityPlan] = {}
 

@@ -89,10 +89,11 @@ class FlowMoTokenizer:
         )
 
     def describe(self) -> dict[str, Any]:
-        defaults = {"steps": 25, "rho": 4.0, "guidance": 1.5, "guidance_interval": (0.17, 1.02)}
+        s = self.model.schedule(**self.sampler)
+        used = {"steps": s.steps, "rho": s.rho, "guidance": s.guidance, "guidance_interval": s.guidance_interval}
         return {
             "image size": self.model.config.image_size,
-            "sampler": {**defaults, **self.sampler, "seed": self.seed, "noise scale": self.noise_scale},
+            "sampler": {**self.sampler, **used, "seed": self.seed, "noise scale": self.noise_scale},
             "precision": str(self.model.dtype).removeprefix("torch."),
         }
 
