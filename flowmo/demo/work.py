@@ -23,9 +23,9 @@ from flowmo import FlowMo
 from flowmo.config import from_yaml
 from flowmo.data import ImageReadError, center_crop, load_image, resize_shorter, to_tensor, to_uint8
 from flowmo.metrics import psnr
+from flowmo.quantizer import code_tokens
 from flowmo.reconstruct import SMALLEST_SIDE
 from flowmo.tiles import TileDecoder, TileGrid, encode_tiles, grid_for
-from flowmo_kernels import codes_to_tokens
 
 SQUARE, WHOLE = "square", "whole"
 TILES_AT_ONCE = 16
@@ -178,29 +178,34 @@ class Studio:
         ]
         return Result(frames, decoder.schedule.forwards, seconds)
 
+    @property
+    def token_bits(self) -> int | None:
+        """Bits that a token takes, E; None of a model without tokens."""
+        values = self.model.config.vocabulary
+        return None if values is None else (values - 1).bit_length()
+
     def tokens(self, code: Code) -> Image.Image:
         """The code as a picture: see :func:`draw_tokens` and :func:`draw_latents`."""
-        c = self.model.config
-        if c.quantizer != "lfq":
+        if self.token_bits is None:
             return draw_latents(code.codes, code.grid)
-        return draw_tokens(codes_to_tokens(code.codes.float(), c.entropy_bits), c.entropy_bits, code.grid)
+        return draw_tokens(code_tokens(code.codes.float(), self.model.config), self.token_bits, code.grid)
 
     def bits(self, code: Code) -> int | None:
         """Bits of the code's tokens; None of a model without tokens."""
-        c = self.model.config
-        return code.grid.count * c.tokens * c.entropy_bits if c.quantizer == "lfq" else None
+        return None if self.token_bits is None else code.grid.count * self.model.config.tokens * self.token_bits
 
     def describe(self) -> str:
         """The model in one line."""
         c = self.model.config
+        what = f"{c.latent_tokens} × {c.latent_channels} real numbers"
+        if self.token_bits is not None:
+            what = f"{c.tokens} tokens of {self.token_bits} bits"
         size = sum(p.numel() for p in self.model.parameters())
-        code = (
-            f"{c.tokens} tokens of {c.entropy_bits} bits for {c.image_size} × {c.image_size} pixels"
-            if c.quantizer == "lfq"
-            else f"{c.latent_tokens} × {c.latent_channels} real numbers for {c.image_size} × {c.image_size} pixels"
-        )
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return f"{code} · {size / 1e6:,.1f} M parameters · {dtype} on {self.model.device}"
+        return (
+            f"{what} for {c.image_size} × {c.image_size} pixels · {size / 1e6:,.1f} M parameters · {dtype} on "
+            f"{self.model.device}"
+        )
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":

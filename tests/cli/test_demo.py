@@ -135,6 +135,19 @@ def test_the_picture_of_tokens_holds_the_tokens(bits):
         assert torch.equal(read, tokens[tile])
 
 
+def test_levels_are_tokens_too(photo):
+    torch.manual_seed(0)
+    sizes = {"quantizer": "fsq", "fsq_levels": "[5,4,3]", "latent_channels": 6}
+    studio = Studio(FlowMo(model_config("tiny", decoder_depth=1, **sizes)).eval())
+    code = studio.encode(photo)
+    assert studio.token_bits == 6 and studio.bits(code) == 16 * 32 * 6  # 60 values
+    tokens = studio.model.tokenize(code.original[None, :, :32, :32])[0]
+    assert len(np.unique(np.asarray(studio.tokens(code)).reshape(-1, 4), axis=0)) > 1
+    first = np.asarray(draw_tokens(tokens[None], 6, TileGrid(32, 32, 32, 0)).resize((8, 4), Image.Resampling.NEAREST))
+    whole = np.asarray(studio.tokens(code).resize((35, 19), Image.Resampling.NEAREST))
+    assert np.array_equal(whole[:4, :8], first)
+
+
 def test_pictures_of_a_continuous_code(photo):
     torch.manual_seed(0)
     model = FlowMo(model_config("tiny", quantizer="none", decoder_depth=1)).eval()
