@@ -81,8 +81,8 @@ int step_boundary(int64_t z_next, int64_t x, int64_t h, int64_t h_batch, int64_t
 
 // csrc/optim.cu
 int adam_hold_ema(int64_t table, int64_t chunks, int64_t first_chunks, int64_t squares, int64_t scales,
-    int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average, double rate, double beta1,
-    double beta2, double root, double eps, double decay, int64_t stream);
+    int64_t found_inf, int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average, double rate,
+    double beta1, double beta2, double root, double eps, double decay, int64_t stream);
 
 // csrc/device.cu
 const char* error_text(int code);

@@ -5,6 +5,7 @@
 //   w *= |w_0| / |w|;  a = a + (1 - decay)(w - a)
 //
 // `table` [tensors, 6] holds addresses: weight, gradient, first and second moment, average, norm (0: not there).
+// `found_inf` (0: not there) is one number; where it is not zero, every kernel returns at once and nothing changes.
 // `chunks` [n, 3] says which part of which tensor a block takes; a chunk is a row where the norm of rows is held.
 #include "common.cuh"
 #include "launchers.h"
@@ -20,6 +21,7 @@ struct Update {
     const int64_t* table;
     const int64_t* chunks;
     float* squares;  // one per chunk, with WHOLE
+    const float* found_inf;
     float rate, first_share, second_share, keep_second, root, eps, average_share;
     bool adam, average;
     int hold;
@@ -34,6 +36,8 @@ __device__ inline Tensors tensors_of(const int64_t* table, int64_t tensor, int64
     const auto at = [&](int column) { return row[column] == 0 ? nullptr : address_of<float>(row[column]) + start; };
     return {at(0), at(2), at(3), at(4), at(1), row[5] == 0 ? nullptr : address_of<const float>(row[5])};
 }
+
+__device__ inline bool skipped(const float* found_inf) { return found_inf != nullptr && *found_inf != 0.0f; }
 
 __device__ inline bool all_aligned(const Tensors& t) {
     const auto bits = reinterpret_cast<uintptr_t>(t.weight) | reinterpret_cast<uintptr_t>(t.grad) |
@@ -71,6 +75,7 @@ __device__ inline void rescale(const Tensors& t, int64_t length, bool aligned, f
 
 __global__ void __launch_bounds__(THREADS) update(Update u) {
     SHARED_ARRAY(float, scratch, WARP);
+    if (skipped(u.found_inf)) return;
     const int64_t* const chunk = u.chunks + 3 * int64_t{blockIdx.x};
     const int64_t tensor = chunk[0], start = chunk[1], length = chunk[2];
     const Tensors t = tensors_of(u.table, tensor, start);
@@ -134,6 +139,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 __global__ void __launch_bounds__(THREADS) rescale_chunks(Update u, const float* scales) {
+    if (skipped(u.found_inf)) return;
     const int64_t* const chunk = u.chunks + 3 * int64_t{blockIdx.x};
     const Tensors t = tensors_of(u.table, chunk[0], chunk[1]);
     if (t.norm == nullptr) return;
@@ -143,13 +149,14 @@ __global__ void __launch_bounds__(THREADS) rescale_chunks(Update u, const float*
 }  // namespace
 
 int adam_hold_ema(int64_t table, int64_t chunks, int64_t first_chunks, int64_t squares, int64_t scales,
-                  int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average, double rate,
-                  double beta1, double beta2, double root, double eps, double decay, int64_t stream) {
+                  int64_t found_inf, int64_t tensors, int64_t n_chunks, int64_t adam, int64_t hold, int64_t average,
+                  double rate, double beta1, double beta2, double root, double eps, double decay, int64_t stream) {
     if (n_chunks == 0) return 0;
     Update u = {};
     u.table = address_of<const int64_t>(table);
     u.chunks = address_of<const int64_t>(chunks);
     u.squares = address_of<float>(squares);
+    u.found_inf = address_of<const float>(found_inf);
     u.rate = static_cast<float>(rate);
     u.first_share = static_cast<float>(1.0 - beta1);
     u.second_share = static_cast<float>(1.0 - beta2);

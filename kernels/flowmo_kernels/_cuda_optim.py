@@ -41,8 +41,8 @@ Column = Sequence[Tensor | None] | None
 
 
 def _update(
-    columns: tuple[Column, Column, Column, Column, Column, Column], per_channel: bool, rate: float, beta1: float,
-    beta2: float, root: float, eps: float, decay: float,
+    columns: tuple[Column, Column, Column, Column, Column, Column], found_inf: Tensor | None, per_channel: bool,
+    rate: float, beta1: float, beta2: float, root: float, eps: float, decay: float,
 ) -> None:  # fmt: skip
     """Launch over weight, gradient, first and second moment, average and norm of every tensor."""
     weights = columns[0]
@@ -61,7 +61,7 @@ def _update(
     squares = torch.empty(len(chunks), dtype=torch.float32, device=device)
     scales = torch.empty(len(weights), dtype=torch.float32, device=device)
     launch(
-        "adam_hold_ema", Pointers(tensors, table), chunks, first, squares, scales, len(weights), len(chunks),
+        "adam_hold_ema", Pointers(tensors, table), chunks, first, squares, scales, found_inf, len(weights), len(chunks),
         int(columns[2] is not None), hold, int(columns[4] is not None), rate, beta1, beta2, root, eps, decay,
     )  # fmt: skip
 
@@ -80,6 +80,7 @@ def adam_hold_ema(
     eps: float,
     per_channel: bool,
     decay: float,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Adam, then the hold of norms, then the average, in place, as `flowmo_kernels.adam_hold_ema_`.
 
@@ -87,16 +88,16 @@ def adam_hold_ema(
         TypeError: a tensor is not contiguous float32.
     """
     _update(
-        (weights, grads, exp_avgs, exp_avg_sqs, averages, norms), per_channel, lr / (1.0 - beta1**step), beta1, beta2,
-        (1.0 - beta2**step) ** -0.5, eps, decay,
+        (weights, grads, exp_avgs, exp_avg_sqs, averages, norms), found_inf, per_channel, lr / (1.0 - beta1**step),
+        beta1, beta2, (1.0 - beta2**step) ** -0.5, eps, decay,
     )  # fmt: skip
 
 
 def hold_norms(weights: Sequence[Tensor], norms: Sequence[Tensor | None], per_channel: bool) -> None:
     """Rescale each weight to its norm at step 0, in place, as `flowmo_kernels.hold_norms_`."""
-    _update((weights, None, None, None, None, norms), per_channel, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    _update((weights, None, None, None, None, norms), None, per_channel, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
-def ema(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+def ema(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, found_inf: Tensor | None = None) -> None:
     """a = decay a + (1 - decay) w, in place, as `flowmo_kernels.ema_`."""
-    _update((weights, None, None, None, averages, None), False, 0.0, 0.0, 0.0, 0.0, 0.0, decay)
+    _update((weights, None, None, None, averages, None), found_inf, False, 0.0, 0.0, 0.0, 0.0, 0.0, decay)

@@ -9,7 +9,8 @@ The kernels see all weights of a call as one list of chunks, through a table of 
 needs a second pass over it; the norm of a row does not, since a program deals with whole rows.
 
 A norm of zero, at step 0 or now, leaves its weights as they are: a row that starts at zero (the gates) must be
-able to leave it. Everything is fp32 and in place.
+able to leave it. Everything is fp32 and in place. A `found_inf` that is not zero on the device leaves everything as it
+is, whatever the gradients hold: whether a step is taken is decided there, and the host does not wait to know.
 Source: paper, supplement (Adam, EMA); Karras et al., Analyzing and Improving the Training Dynamics of Diffusion
 Models (the hold, after every optimizer step).
 """
@@ -24,8 +25,11 @@ from torch import Tensor
 
 from ._dispatch import chosen
 from ._library import register
+from ._optim_ref import adam_hold_ema_ref_, ema_ref_, hold_norms_ref_, weight_norms
 from ._rows import Signature, signature_of
 from ._triton import jit, tl
+
+__all__ = ["adam_hold_ema_", "adam_hold_ema_ref_", "ema_", "ema_ref_", "hold_norms_", "hold_norms_ref_", "weight_norms"]
 
 
 def _check(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -39,6 +43,16 @@ def _check(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> N
             )
 
 
+def _check_flag(found_inf: Tensor | None, weights: Sequence[Tensor]) -> None:
+    if found_inf is None or not weights:
+        return
+    if found_inf.numel() != 1 or found_inf.dtype != torch.float32 or found_inf.device != weights[0].device:
+        raise ValueError(
+            f"found_inf is {found_inf.dtype} {tuple(found_inf.shape)} on {found_inf.device}; expected one fp32 number "
+            f"on {weights[0].device}, the weights' device"
+        )
+
+
 def _check_norms(norms: Sequence[Tensor | None], weights: Sequence[Tensor], per_channel: bool) -> None:
     if len(norms) != len(weights):
         raise ValueError(f"norms has {len(norms)} entries for {len(weights)} weights; expected one to a weight")
@@ -49,65 +63,6 @@ def _check_norms(norms: Sequence[Tensor | None], weights: Sequence[Tensor], per_
                 f"norms[{i}] is {norm.dtype} {tuple(norm.shape)}; expected fp32 {tuple(shape)} as weight_norms "
                 f"gives it for per_channel={per_channel}"
             )
-
-
-def weight_norms(weights: Sequence[Tensor], *, per_channel: bool = False) -> list[Tensor]:
-    """Frobenius norm of each weight (fp32, []), or of each of its rows (fp32, [rows]) with per_channel."""
-    if per_channel:
-        return [torch.linalg.vector_norm(w.detach().float()[:, None].flatten(1), dim=1) for w in weights]
-    return [torch.linalg.vector_norm(w.detach().float()) for w in weights]
-
-
-@torch.no_grad()
-def hold_norms_ref_(weights: Sequence[Tensor], norms: Sequence[Tensor], *, per_channel: bool = False) -> None:
-    if not weights:
-        return
-    scales = []
-    for now, held in zip(weight_norms(weights, per_channel=per_channel), norms):
-        scale = torch.where((now > 0) & (held > 0), held / now, torch.ones_like(now))
-        scales.append(scale)
-    if per_channel:
-        scales = [s.reshape(-1, *[1] * (w.ndim - 1)) for s, w in zip(scales, weights)]
-    torch._foreach_mul_(list(weights), scales)
-
-
-@torch.no_grad()
-def ema_ref_(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    if averages:
-        torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
-
-
-@torch.no_grad()
-def adam_hold_ema_ref_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    norms: Sequence[Tensor | None] | None = None,
-    per_channel: bool = False,
-    averages: Sequence[Tensor] | None = None,
-    decay: float = 1.0,
-) -> None:
-    if not weights:
-        return
-    w, g, m, v = list(weights), list(grads), list(exp_avgs), list(exp_avg_sqs)
-    torch._foreach_lerp_(m, g, 1.0 - betas[0])
-    torch._foreach_mul_(v, betas[1])
-    torch._foreach_addcmul_(v, g, g, 1.0 - betas[1])
-    denominator = torch._foreach_sqrt(v)
-    torch._foreach_mul_(denominator, (1.0 - betas[1] ** step) ** -0.5)
-    torch._foreach_add_(denominator, eps)
-    torch._foreach_addcdiv_(w, m, denominator, -lr / (1.0 - betas[0] ** step))
-    if norms is not None:
-        held = [(x, n) for x, n in zip(w, norms) if n is not None]
-        hold_norms_ref_([x for x, _ in held], [n for _, n in held], per_channel=per_channel)
-    if averages is not None:
-        ema_ref_(averages, w, decay)
 
 
 @jit
@@ -132,10 +87,14 @@ def _average(p_average, o_w, m_w, b_w, ema_weight):
 
 @jit
 def update_chunks_kernel(
-    p_table, p_chunks, p_squares, lr_step, beta1, beta2, scale2, eps, ema_weight,
-    ADAM: tl.constexpr, HOLD: tl.constexpr, EMA: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    p_table, p_chunks, p_squares, p_found_inf, lr_step, beta1, beta2, scale2, eps, ema_weight,
+    ADAM: tl.constexpr, HOLD: tl.constexpr, EMA: tl.constexpr, FLAG: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk: Adam, its sum of squares (HOLD = "whole") or its hold at once (HOLD = "rows"), and the average."""
+    if FLAG:
+        if tl.load(p_found_inf) != 0:
+            return
     i_chunk = tl.program_id(0).to(tl.int64)
     i_tensor = tl.load(p_chunks + i_chunk * 3).to(tl.int64)
     start = tl.load(p_chunks + i_chunk * 3 + 1)
@@ -195,9 +154,13 @@ def hold_scales_kernel(p_table, p_first, p_squares, p_scales, BLOCK: tl.constexp
 
 @jit
 def rescale_chunks_kernel(
-    p_table, p_chunks, p_scales, ema_weight, EMA: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_table, p_chunks, p_scales, p_found_inf, ema_weight,
+    EMA: tl.constexpr, FLAG: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Second pass of the hold of whole weights, and the average."""
+    if FLAG:
+        if tl.load(p_found_inf) != 0:
+            return
     i_chunk = tl.program_id(0).to(tl.int64)
     i_tensor = tl.load(p_chunks + i_chunk * 3).to(tl.int64)
     start = tl.load(p_chunks + i_chunk * 3 + 1)
@@ -246,8 +209,8 @@ def _table(pointers: tuple[tuple[int, ...], ...], device: torch.device) -> Tenso
 
 def _update(
     weights: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    norms: list[Tensor], averages: list[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float,
-    per_channel: bool, decay: float, impl: str,
+    norms: list[Tensor], averages: list[Tensor], found_inf: Tensor | None, step: int, lr: float, beta1: float,
+    beta2: float, eps: float, per_channel: bool, decay: float, impl: str,
 ) -> None:  # fmt: skip
     if impl == "cuda":
         from . import _cuda
@@ -255,12 +218,12 @@ def _update(
         if exp_avgs:
             _cuda.adam_hold_ema(
                 weights, grads, exp_avgs, exp_avg_sqs, norms or None, averages or None, step, lr, beta1, beta2, eps,
-                per_channel, decay,
+                per_channel, decay, found_inf,
             )  # fmt: skip
         elif norms:
             _cuda.hold_norms(weights, norms, per_channel)
         else:
-            _cuda.ema(averages, weights, decay)
+            _cuda.ema(averages, weights, decay, found_inf)
         return
     device = weights[0].device
     hold = "none" if not norms else "rows" if per_channel else "whole"
@@ -276,16 +239,19 @@ def _update(
     table = _table(tuple(zip(*columns)), device)
     adam, ema = bool(exp_avgs), bool(averages)
     squares = torch.empty(len(chunks), device=device)
+    flag = squares if found_inf is None else found_inf  # an address is wanted, if only to be passed over
     update_chunks_kernel[(len(chunks),)](
-        table, chunks, squares, lr / (1.0 - beta1**step), beta1, beta2, (1.0 - beta2**step) ** -0.5, eps, 1.0 - decay,
-        ADAM=adam, HOLD=hold, EMA=ema, ALIGNED=aligned, BLOCK=BLOCK, num_warps=4,
+        table, chunks, squares, flag, lr / (1.0 - beta1**step), beta1, beta2, (1.0 - beta2**step) ** -0.5, eps,
+        1.0 - decay, ADAM=adam, HOLD=hold, EMA=ema, FLAG=found_inf is not None, ALIGNED=aligned, BLOCK=BLOCK,
+        num_warps=4,
     )  # fmt: skip
     if hold == "whole":
         scales = torch.empty(len(weights), device=device)
         hold_scales_kernel[(len(weights),)](table, first, squares, scales, BLOCK=256, num_warps=4)
         rescale_chunks_kernel[(len(chunks),)](
-            table, chunks, scales, 1.0 - decay, EMA=ema, ALIGNED=aligned, BLOCK=BLOCK, num_warps=4
-        )
+            table, chunks, scales, flag, 1.0 - decay,
+            EMA=ema, FLAG=found_inf is not None, ALIGNED=aligned, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def _update_fake(weights: list[Tensor], *_: object) -> None:
@@ -294,8 +260,8 @@ def _update_fake(weights: list[Tensor], *_: object) -> None:
 
 update_weights_op = register(
     "update_weights(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor[] norms, Tensor(d!)[] averages, int step, float lr, float beta1, float beta2, float eps,"
-    " bool per_channel, float decay, str impl) -> ()",
+    " Tensor[] norms, Tensor(d!)[] averages, Tensor? found_inf, int step, float lr, float beta1, float beta2,"
+    " float eps, bool per_channel, float decay, str impl) -> ()",
     _update,
     _update_fake,
 )
@@ -304,8 +270,8 @@ update_weights_op = register(
 @torch.no_grad()
 def _run(
     weights: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    norms: Sequence[Tensor], averages: Sequence[Tensor], step: int, lr: float, betas: tuple[float, float], eps: float,
-    per_channel: bool, decay: float, impl: str,
+    norms: Sequence[Tensor], averages: Sequence[Tensor], found_inf: Tensor | None, step: int, lr: float,
+    betas: tuple[float, float], eps: float, per_channel: bool, decay: float, impl: str,
 ) -> None:  # fmt: skip
     """The kernels, on lists that are empty where a part of the update is not wanted."""
     if not weights:
@@ -319,7 +285,7 @@ def _run(
             )
     update_weights_op(
         list(weights), [g.contiguous() for g in grads], list(exp_avgs), list(exp_avg_sqs),
-        [n.contiguous() for n in norms], list(averages), step, lr, *betas, eps, per_channel, decay, impl,
+        [n.contiguous() for n in norms], list(averages), found_inf, step, lr, *betas, eps, per_channel, decay, impl,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         # Autograd must notice that saved weights have changed, as it does after any in-place operation.
@@ -343,28 +309,32 @@ def hold_norms_(weights: Sequence[Tensor], norms: Sequence[Tensor], *, per_chann
     if impl == "ref":
         hold_norms_ref_(weights, norms, per_channel=per_channel)
     else:
-        _run(weights, [], [], [], norms, [], 1, 0.0, (0.0, 0.0), 0.0, per_channel, 1.0, impl)
+        _run(weights, [], [], [], norms, [], None, 1, 0.0, (0.0, 0.0), 0.0, per_channel, 1.0, impl)
 
 
-def ema_(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+def ema_(
+    averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, *, found_inf: Tensor | None = None
+) -> None:
     """a = decay a + (1 - decay) w, in place.
 
     Args:
         averages: fp32 tensors, changed in place.
         weights: fp32 tensors of the same shapes.
         decay: of this update; 0.9999 ** 10 when the average is updated every 10 steps at a decay of 0.9999.
+        found_inf: as in `adam_hold_ema_`.
 
     Raises:
         ValueError: tensors that do not pair up, or a decay outside [0, 1].
     """
+    _check_flag(found_inf, weights)
     _check("averages", averages, weights)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay is {decay}; expected a number from 0 to 1, such as 0.9999 ** 10")
     impl = chosen("ema", weights[0]) if weights else "ref"
     if impl == "ref":
-        ema_ref_(averages, weights, decay)
+        ema_ref_(averages, weights, decay, found_inf)
     else:
-        _run(weights, [], [], [], [], averages, 1, 0.0, (0.0, 0.0), 0.0, False, decay, impl)
+        _run(weights, [], [], [], [], averages, found_inf, 1, 0.0, (0.0, 0.0), 0.0, False, decay, impl)
 
 
 def adam_hold_ema_(
@@ -381,6 +351,7 @@ def adam_hold_ema_(
     per_channel: bool = False,
     averages: Sequence[Tensor] | None = None,
     decay: float = 1.0,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One Adam step, then the hold of norms, then the average, over all weights, in place.
 
@@ -392,10 +363,13 @@ def adam_hold_ema_(
         per_channel: as in `hold_norms_`.
         averages: the exponential averages, or None on the steps without an update.
         decay: of this update of the averages (decay ** k when it runs every k steps).
+        found_inf: one fp32 number on the device of the weights; where it is not zero, nothing changes, even if
+            gradients are not finite (as in PyTorch's fused optimizers). None: the step is taken.
 
     Raises:
         ValueError: tensors that do not pair up, or a step below 1.
     """
+    _check_flag(found_inf, weights)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _check(name, tensors, weights)
     _check("weights", weights, weights)
@@ -409,7 +383,7 @@ def adam_hold_ema_(
     if impl == "ref":
         adam_hold_ema_ref_(
             weights, grads, exp_avgs, exp_avg_sqs, step=step, lr=lr, betas=betas, eps=eps,
-            norms=norms, per_channel=per_channel, averages=averages, decay=decay,
+            norms=norms, per_channel=per_channel, averages=averages, decay=decay, found_inf=found_inf,
         )  # fmt: skip
         return
     given = [None] * len(weights) if norms is None else norms
@@ -418,13 +392,15 @@ def adam_hold_ema_(
         _run(
             [weights[i] for i in group], [grads[i] for i in group], [exp_avgs[i] for i in group],
             [exp_avg_sqs[i] for i in group], [n for n in given if n is not None] if wanted else [],
-            [] if averages is None else [averages[i] for i in group], step, lr, betas, eps, per_channel, decay, impl,
+            [] if averages is None else [averages[i] for i in group], found_inf, step, lr, betas, eps, per_channel,
+            decay, impl,
         )  # fmt: skip
 
 
 def aot_signatures() -> list[Signature]:
     """The three forms of the update, for compilation without a card."""
     types = {"p_table": "*i64", "p_chunks": "*i32", "p_first": "*i32", "p_squares": "*fp32", "p_scales": "*fp32"}
+    types["p_found_inf"] = "*fp32"
     types |= {name: "fp32" for name in ("lr_step", "beta1", "beta2", "scale2", "eps", "ema_weight")}
     signatures: list[Signature] = []
 
@@ -433,10 +409,11 @@ def aot_signatures() -> list[Signature]:
 
     flags: dict[str, object] = {"ALIGNED": True, "BLOCK": BLOCK}
     for hold in ("none", "whole", "rows"):
-        add(update_chunks_kernel, {"ADAM": True, "HOLD": hold, "EMA": True, **flags}, f"adam hold={hold} ema")
-    add(update_chunks_kernel, {"ADAM": False, "HOLD": "none", "EMA": True, **flags}, "ema")
-    add(update_chunks_kernel, {"ADAM": False, "HOLD": "whole", "EMA": False, **flags}, "hold=whole")
-    add(update_chunks_kernel, {"ADAM": False, "HOLD": "rows", "EMA": False, **flags}, "hold=rows")
+        options = {"ADAM": True, "HOLD": hold, "EMA": True, "FLAG": True, **flags}
+        add(update_chunks_kernel, options, f"adam hold={hold} ema")
+    add(update_chunks_kernel, {"ADAM": False, "HOLD": "none", "EMA": True, "FLAG": True, **flags}, "ema")
+    add(update_chunks_kernel, {"ADAM": False, "HOLD": "whole", "EMA": False, "FLAG": False, **flags}, "hold=whole")
+    add(update_chunks_kernel, {"ADAM": False, "HOLD": "rows", "EMA": False, "FLAG": False, **flags}, "hold=rows")
     add(hold_scales_kernel, {"BLOCK": 256}, "")
-    add(rescale_chunks_kernel, {"EMA": True, **flags}, "ema")
+    add(rescale_chunks_kernel, {"EMA": True, "FLAG": True, **flags}, "ema")
     return signatures

@@ -146,12 +146,12 @@ def test_optimizer_updates(kind: str) -> None:
     norms = weight_norms([2 * t for t in w])
     got_w, got_m, got_v, got_a = ([t.clone() for t in c] for c in (w, m, v, a))
     if kind == "adam":
-        ops.update_weights(got_w, g, got_m, got_v, norms, got_a, 3, 0.1, 0.9, 0.95, 1e-8, False, 0.7, "cuda")
+        ops.update_weights(got_w, g, got_m, got_v, norms, got_a, None, 3, 0.1, 0.9, 0.95, 1e-8, False, 0.7, "cuda")
         adam_hold_ema_ref_(w, g, m, v, step=3, lr=0.1, norms=norms, averages=a, decay=0.7)
     elif kind == "hold":
-        ops.update_weights(got_w, [], [], [], norms, [], 1, 0.0, 0.0, 0.0, 0.0, False, 1.0, "cuda")
+        ops.update_weights(got_w, [], [], [], norms, [], None, 1, 0.0, 0.0, 0.0, 0.0, False, 1.0, "cuda")
         hold_norms_ref_(w, norms)
     else:
-        ops.update_weights(got_w, [], [], [], [], got_a, 1, 0.0, 0.0, 0.0, 0.0, False, 0.7, "cuda")
+        ops.update_weights(got_w, [], [], [], [], got_a, None, 1, 0.0, 0.0, 0.0, 0.0, False, 0.7, "cuda")
         ema_ref_(a, w, 0.7)
     agree([*got_w, *got_m, *got_v, *got_a], [*w, *m, *v, *a])

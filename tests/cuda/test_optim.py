@@ -95,6 +95,27 @@ def test_ema(machine: Machine) -> None:
     run(machine, per_channel=False, hold=False, average=True, adam=False)
 
 
+@pytest.mark.parametrize("flag", [0.0, 1.0])
+def test_found_inf_decides_on_the_device(machine: Machine, flag: float) -> None:
+    """Not zero: nothing changes, whatever the gradients hold. Zero: the step is taken."""
+    w, g, m, v, a = tensors()
+    norms = weight_norms([2 * t for t in w])
+    n = len(SHAPES)
+    if flag:
+        g = [torch.full_like(t, float("nan")) for t in g]
+    given = [t for column in (w, g, m, v, a) for t in column]
+
+    def body(found_inf: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        w, g, m, v, a = (list(flat[i * n : (i + 1) * n]) for i in range(5))
+        _cuda.adam_hold_ema(w, g, m, v, list(flat[5 * n :]), a, 3, 0.1, 0.9, 0.95, 1e-8, False, 0.7, found_inf)
+        _cuda.ema(a, w, 0.5, found_inf)
+        return (*w, *m, *v, *a)
+
+    got = machine(body, torch.tensor([flag]), *[t.clone() for t in given], *norms)
+    same = [torch.equal(now, before) for now, before in zip(got, [*w, *m, *v, *a]) if before.numel()]
+    assert all(same) if flag else not any(same)
+
+
 def test_unaligned_weights(machine: Machine) -> None:
     """Weights that are pieces of one flat buffer start anywhere."""
     flat, average = randn(50, seed=1), randn(50, seed=2)

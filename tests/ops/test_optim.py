@@ -55,6 +55,33 @@ def test_adam_hold_ema_against_oracle(hold: str, average: bool, implementation: 
     judge_adam(implementation, device, hold=hold, average=average)
 
 
+@pytest.mark.parametrize("hold", ["none", "whole", "rows"])
+def test_found_inf_leaves_everything_as_it_is(hold: str, implementation: str, device: str) -> None:
+    """Whatever the gradients hold; a flag of zero, of either number of dimensions, is an ordinary step."""
+    w = weights_of(SHAPES, device)
+    m, v, a = ([t.abs() for t in weights_of(SHAPES, device, seed=s)] for s in (10, 20, 30))
+    norms = None if hold == "none" else weight_norms([2 * t for t in w], per_channel=hold == "rows")
+    g = weights_of(SHAPES, device, seed=40)
+    columns = (w, m, v, a)
+
+    def step(flag: Tensor | None, grads: list[Tensor]) -> list[Tensor]:
+        w, m, v, a = ([t.clone() for t in column] for column in columns)
+        options = {"norms": norms, "per_channel": hold == "rows", "averages": a, "decay": 0.9}
+        with use(implementation):
+            adam_hold_ema_(w, grads, m, v, step=3, lr=0.1, found_inf=flag, **options)  # type: ignore[arg-type]
+            ema_(a, w, 0.5, found_inf=flag)
+        return [*w, *m, *v, *a]
+
+    bad = [torch.full_like(t, float("nan")) for t in g]
+    bad[0], bad[1] = g[0], torch.full_like(g[1], float("inf"))
+    for now, before in zip(step(torch.ones(1, device=device), bad), [t for column in columns for t in column]):
+        assert torch.equal(now, before)
+    taken = step(None, g)
+    for i, (now, want) in enumerate(zip(step(torch.zeros((), device=device), g), taken)):
+        # The reference adds in another order then: about 8 roundings each way of numbers below 10, and a norm's.
+        assert torch.equal(now, want) if implementation != "ref" else torch.allclose(now, want, rtol=2e-6, atol=1e-6), i
+
+
 def test_adam_is_torchs_adam(implementation: str, device: str) -> None:
     shapes = [(7, 5), (33,)]
     parameters = [torch.nn.Parameter(t) for t in weights_of(shapes, device)]
@@ -167,9 +194,9 @@ def test_library_op(device: str) -> None:
     m, v = [torch.zeros_like(t) for t in w], [torch.zeros_like(t) for t in w]
     norms = weight_norms(w)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(
-        op, (w, g, m, v, norms, a, 1, 0.1, 0.9, 0.95, 1e-8, False, 0.9, "triton"), test_utils=checks
-    )
+    flag = torch.zeros(1, device=device)
+    given = (w, g, m, v, norms, a, flag, 1, 0.1, 0.9, 0.95, 1e-8, False, 0.9, "triton")
+    torch.library.opcheck(op, given, test_utils=checks)
 
 
 def test_compiles(implementation: str, device: str) -> None:
@@ -209,6 +236,8 @@ def test_bad_input(device: str) -> None:
                 adam_hold_ema_(w, w, [w[0].double()], w, step=1, lr=0.1)
             with pytest.raises(ValueError, match=r"norms\[0\] is torch.float32 \(\); expected fp32 \(2,\)"):
                 hold_norms_(w, weight_norms(w), per_channel=True)
+            with pytest.raises(ValueError, match=r"found_inf is torch.float64 \(\).*one fp32 number on"):
+                adam_hold_ema_(w, w, w, w, step=1, lr=0.1, found_inf=torch.zeros((), dtype=torch.float64))
             with pytest.raises(ValueError, match="step is 0"):
                 adam_hold_ema_(w, w, w, w, step=0, lr=0.1)
             with pytest.raises(ValueError, match=r"decay is 1\.5"):
