@@ -79,6 +79,11 @@ class ModelConfig:
         return 2**self.entropy_bits if self.discrete else None
 
     @property
+    def token_bits(self) -> int:
+        """Bits that a token takes in files: the least that hold its vocabulary; 0 of a continuous code."""
+        return 0 if self.vocabulary is None else (self.vocabulary - 1).bit_length()
+
+    @property
     def bits_per_pixel(self) -> float | None:
         """Tokens x log2(vocabulary) / pixels; None of a continuous code."""
         if self.vocabulary is None:

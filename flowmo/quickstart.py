@@ -66,8 +66,7 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     rows = {name: reconstruct(model, originals, config) for name, model in models.items()}
     scores = {name: psnr(row, originals) for name, row in rows.items()}
 
-    bits = config.model.bits_per_pixel
-    print(f"\nheld-out photographs at {SIDE} x {SIDE}, {bits:.4f} bits per pixel, PSNR in dB:")
+    print(f"\nheld-out photographs at {SIDE} x {SIDE}, {config.model.describe_code()}, PSNR in dB:")
     print(f"  {'':24}{'mean colour':>14}" + "".join(f"{name:>18}" for name in rows))
     for i, name in enumerate(heldout):
         print(f"  {name:24}{baseline[i]:14.2f}" + "".join(f"{s[i]:18.2f}" for s in scores.values()))
@@ -97,7 +96,7 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     return {
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
-        "bits_per_pixel": bits,
+        "bits_per_pixel": config.model.bits_per_pixel,
         "psnr": {name: {k: round(float(v), 3) for k, v in zip(heldout, s)} for name, s in scores.items()},
         "psnr_mean_colour": {k: round(float(v), 3) for k, v in zip(heldout, baseline)},
         "unseen_crops": {"psnr": round(crop_score, 3), "mean_colour": round(crop_baseline, 3)},

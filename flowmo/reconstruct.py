@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     inputs = collect(options.inputs)
     what = "in overlapping tiles" if options.any_size else f"at {side} x {side}"
     print(
-        f"{len(inputs)} pictures {what}, {model.config.bits_per_pixel:.4f} bits per pixel"
+        f"{len(inputs)} pictures {what}, {model.config.describe_code()}"
         f"{' of a tile' if options.any_size else ''}, on {device}; {flowmo_kernels.describe()}"
     )
     names = output_names(inputs)

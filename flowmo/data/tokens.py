@@ -125,14 +125,13 @@ def layout_of(model: FlowMo, grouping: str = "parity") -> TokenLayout:
         ValueError: a continuous model, which has no tokens, or an unknown grouping.
     """
     c = model.config
-    if c.vocabulary is None:
+    if not c.discrete:
         raise ValueError(
             f"the tokenizer is a continuous model (quantizer {c.quantizer}), which has no tokens; a .flowmo file or "
             "encode() and decode() hold its latents"
         )
-    bits = (c.vocabulary - 1).bit_length()
     levels = tuple(c.fsq_levels) if c.quantizer == "fsq" else ()
-    return TokenLayout(c.tokens, bits, c.latent_channels, grouping, fingerprint(model), levels)
+    return TokenLayout(c.tokens, c.token_bits, c.latent_channels, grouping, fingerprint(model), levels)
 
 
 def fingerprint(model: FlowMo) -> str:
