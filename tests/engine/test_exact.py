@@ -82,7 +82,9 @@ def test_bf16_plan_is_at_least_as_near_to_fp32_as_plain_bf16():
     assert 0 < planned <= plain
 
 
-@pytest.mark.parametrize("config", [LO, HI, model_config("tiny", quantizer="none"), ONE_BLOCK])
+@pytest.mark.parametrize(
+    "config", [LO, HI, ONE_BLOCK, *(model_config("tiny", quantizer=q) for q in ("none", "kl", "fsq"))]
+)
 def test_encode_plan_gives_the_codes_of_the_modules(config):
     model = make(config)
     for batch in (1, 3):

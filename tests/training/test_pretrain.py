@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from flowmo import FlowMo
+from flowmo import FlowMo, model_config
 from flowmo.config import LossConfig, NoiseConfig, OptimConfig
-from flowmo.layers import patchify
+from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_perceptual
 from flowmo.training.optim import AdamHoldEMA, is_held, learning_rate
-from flowmo.training.pretrain import flow_loss, pretrain_loss, sample_noise_levels
+from flowmo.training.pretrain import flow_loss, noise_synced, pretrain_loss, sample_noise_levels
 from tests.model import golden
 
 N = 200_000
@@ -95,6 +95,59 @@ def test_condition_dropout_zeroes_code_and_flag(model, images, monkeypatch):
         assert torch.equal(flag, kept[-1][:, None].float().expand_as(flag))
     # 400 independent draws: four standard errors.
     assert float(torch.stack(kept).float().mean()) == pytest.approx(0.75, abs=4 * math.sqrt(0.25 * 0.75 / 400))
+
+
+def test_noise_sync_is_never_noisier_than_the_picture():
+    n, c = 20_000, 1000.0
+    t = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    noised = noise_synced(torch.full((n, 1, 4), c), t, 0.25, torch.Generator().manual_seed(1))
+    s = 1 - noised.mean((1, 2)) / c  # up to a noise of s / (1000 sqrt(4)), thus 0.003 in five deviations
+    assert float((s - t).max()) < 0.003
+    chosen = (noised != c).any(-1).any(-1)
+    assert float(chosen.float().mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / n))
+    # uniform on [0, t]: s / t has mean 1/2 and deviation sqrt(1/12)
+    share = (s / t)[chosen & (t > 0.1)]
+    assert float(share.mean()) == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(share)) + 0.001)
+    # c' = (1 - s) c + s e with e standard normal: of a code of zeros, deviation s
+    zeros = noise_synced(torch.zeros(n, 1, 64), torch.full((n,), 0.8), 1.0, torch.Generator().manual_seed(2))
+    deviation = zeros.std((1, 2))
+    assert float(deviation.mean()) == pytest.approx(0.4, abs=0.01)
+    assert float(deviation.max()) < 0.8 * (1 + 5 / math.sqrt(2 * 63))
+
+
+def test_noise_sync_reaches_the_decoder_alone(images):
+    model = FlowMo(model_config("tiny", quantizer="none", latent_channels=16))
+    golden.fill(model.named_parameters())
+    clean, noisy = losses(model, images), losses(model, images, noise_sync=1.0)
+    assert clean["flow"] != noisy["flow"] and set(noisy) == {"total", "flow"}
+    noisy["total"].backward()
+    assert model.encoder.img_in.weight.grad is not None
+
+
+@pytest.mark.parametrize(("quantizer", "terms"), [("fsq", set()), ("kl", {"kl"}), ("none", set())])
+def test_other_quantizers_report_their_own_terms(images, quantizer, terms):
+    model = FlowMo(model_config("tiny", quantizer=quantizer))
+    golden.fill(model.named_parameters())
+    out = losses(model, images, kl=0.5)
+    assert set(out) == {"total", "flow", *terms}
+    torch.testing.assert_close(out["total"], out["flow"] + 0.5 * out.get("kl", 0.0))
+    again, other = losses(model, images, kl=0.5), losses(model, images, seed=1, kl=0.5)
+    assert again["flow"] == out["flow"] != other["flow"]
+    out["total"].backward()
+    assert bool((model.encoder.final_layer_txt.linear.weight.grad.abs().sum(1) > 0).all())  # the variances' rows too
+
+
+def test_flow_loss_at_t_one_is_the_error_of_one_step(model, images):
+    assert torch.equal(law("one"), torch.ones(N))
+    out = pretrain_loss(
+        model, images, LossConfig(condition_dropout=0.0), NoiseConfig(law="one"), None, torch.Generator().manual_seed(3)
+    )
+    z = torch.randn(4, 64, 48, generator=torch.Generator().manual_seed(3))  # the loss's own: t = 1 draws nothing
+    noise = unpatchify(z, 4, 32)
+    pictures = model.decode(model.encode(images), steps=1, guidance=1.0, noise=noise, plan=False)
+    v = model.velocity(z, torch.ones(4), model.condition(model.encode(images, plan=False)))
+    torch.testing.assert_close(pictures, unpatchify(z - v, 4, 32).clamp(-1, 1))
+    torch.testing.assert_close(out["flow"], (unpatchify(z - v, 4, 32) - images).square().mean())
 
 
 def test_frozen_encoder_gets_no_gradient(model, images):
