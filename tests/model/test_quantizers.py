@@ -93,6 +93,9 @@ def test_fsq_in_half_precision_and_under_both_paths(images):
         assert torch.equal(codes_of_latent(latent.to(dtype), fsq()), out.codes)
         assert torch.equal(fsq_tokens(out.codes, LEVELS), out.tokens)
     layout = layout_of(model := tiny("fsq"))
+    model.config.fsq_levels = [2, 16, 16]
+    assert layout_of(model).tokenizer != layout.tokenizer  # the same weights give other tokens
+    model.config.fsq_levels = [8, 8, 8]
     assert (layout.tokens, layout.bits, layout.levels, layout.vocabulary) == (32, 9, (8, 8, 8), 512)
     codes = model.encode(images)
     assert torch.equal(layout.encode(codes), model.tokenize(images))

@@ -124,6 +124,21 @@ def test_noise_sync_reaches_the_decoder_alone(images):
     assert model.encoder.img_in.weight.grad is not None
 
 
+def test_codes_of_kl_are_draws_in_training_alone(images, monkeypatch):
+    model = FlowMo(model_config("tiny", quantizer="kl"))
+    golden.fill(model.named_parameters())
+    seen = []
+    velocity = model.velocity
+    monkeypatch.setattr(model, "velocity", lambda x, t, c: (seen.append(c[..., :-1]), velocity(x, t, c))[1])
+    losses(model, images, condition_dropout=0.0)
+    mean, log_variance = model.latent(images).detach().chunk(2, -1)
+    deviations = (seen[0] - mean) / (0.5 * log_variance).exp()
+    # standard normal: five standard errors of its mean and of its deviation
+    assert abs(float(deviations.mean())) < 5 / deviations.numel() ** 0.5
+    assert abs(float(deviations.std()) - 1) < 5 / (2 * deviations.numel()) ** 0.5
+    torch.testing.assert_close(model.encode(images, plan=False), mean)
+
+
 @pytest.mark.parametrize(("quantizer", "terms"), [("fsq", set()), ("kl", {"kl"}), ("none", set())])
 def test_other_quantizers_report_their_own_terms(images, quantizer, terms):
     model = FlowMo(model_config("tiny", quantizer=quantizer))
