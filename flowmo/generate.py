@@ -93,6 +93,8 @@ def load_pair(
     wrong = network.layout.differences(layout) if network.layout else []
     if (c.tokens, c.bits) != (layout.tokens, layout.bits):
         wrong.append(f"network: {c.tokens} tokens of {c.bits} bits and {layout.tokens} of {layout.bits}")
+    if c.codes != layout.vocabulary:
+        wrong.append(f"values of a token: {c.codes} and {layout.vocabulary}")
     if wrong:
         raise ValueError(
             f"{generator} speaks other tokens than {tokenizer} (generator and tokenizer: {'; '.join(wrong)}); use the "

@@ -11,12 +11,14 @@ from flowmo.errors import ConfigError
 class NetworkConfig:
     """Sizes of a generator; the defaults are the paper's, 397,178,368 parameters.
 
-    `tokens` of `bits` bits make a picture; `depth` counts the blocks with a partner across the U, the mid block
-    comes on top.
+    `tokens` of `bits` bits make a picture. Those of finite scalar quantization may take fewer values than 2^bits, which
+    `vocabulary` then says, so that no other is ever drawn; null is all of them. `depth` counts the blocks with a
+    partner across the U, the mid block comes on top.
     """
 
     tokens: int = 512
     bits: int = 9
+    vocabulary: int | None = None
     classes: int = 1000
     hidden: int = 1024
     depth: int = 28
@@ -25,7 +27,8 @@ class NetworkConfig:
 
     @property
     def codes(self) -> int:
-        return 2**self.bits
+        """Values of a token."""
+        return 2**self.bits if self.vocabulary is None else self.vocabulary
 
     @property
     def mask_id(self) -> int:
@@ -44,6 +47,11 @@ class NetworkConfig:
                 raise ConfigError(f"generator.network.{name}={getattr(self, name)}: expected at least 1")
         if self.bits > 16:
             raise ConfigError(f"generator.network.bits={self.bits}: one output per code, so at most 16 bits to a token")
+        if not 2 ** (self.bits - 1) < self.codes <= 2**self.bits:
+            raise ConfigError(
+                f"generator.network.vocabulary={self.vocabulary}: tokens of generator.network.bits={self.bits} have "
+                f"more than {2 ** (self.bits - 1)} and at most {2**self.bits} values"
+            )
         if self.depth % 2:
             raise ConfigError(
                 f"generator.network.depth={self.depth}: expected an even number, half of it on each side of the U"

@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
 def train(cache: TokenCache, tokenizer: str | Path, run: Path, steps: int, seed: int) -> None:
     """A small generator of the cache's tokens, in a run folder: what `python -m flowmo.train` would do."""
     layout, classes = cache.header.layout, cache.header.classes
-    sizes = {"tokens": layout.tokens, "bits": layout.bits, "classes": len(classes)}
+    sizes = {"tokens": layout.tokens, "bits": layout.bits, "vocabulary": layout.vocabulary, "classes": len(classes)}
     config = parse(
         ["maskgit-quickstart", f"data.tokens={cache.folder}", f"run={run}", f"generator.tokenizer={tokenizer}",
          f"trainer.steps={steps}", f"trainer.seed={seed}", "trainer.device=cpu", "trainer.precision=fp32",

@@ -235,14 +235,17 @@ def check_tokens(model: Generator, cache: TokenCache) -> None:
     wrong = model.layout.differences(layout) if model.layout else []
     if (n.tokens, n.bits) != (layout.tokens, layout.bits):
         wrong.append(f"size: {n.tokens} tokens of {n.bits} bits and {layout.tokens} of {layout.bits}")
+    if n.codes != layout.vocabulary:
+        wrong.append(f"values of a token: {n.codes} and {layout.vocabulary}")
     classes = max(len(cache.header.classes), int(cache.labels.max()) + 1)
     if classes > n.classes:
         wrong.append(f"classes: {n.classes} and {classes}")
     if model.class_names and model.class_names != cache.header.classes:
         wrong.append("class names")
     if wrong:
+        values = f" generator.network.vocabulary={layout.vocabulary}" if layout.levels else ""
         raise TokenCacheError(
             f"{cache.folder}: not the tokens of this generator (generator and cache: {'; '.join(wrong)}); give "
-            f"generator.network.tokens={layout.tokens} generator.network.bits={layout.bits} and enough classes "
+            f"generator.network.tokens={layout.tokens} generator.network.bits={layout.bits}{values} and enough classes "
             "to a new one, or tokenize the data with the tokenizer that this one was trained with"
         )

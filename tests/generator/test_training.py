@@ -6,10 +6,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from flowmo import FlowMo
+from flowmo import FlowMo, model_config
 from flowmo.config import Config, ConfigError, parse
 from flowmo.data.tokens import TokenCache, TokenCacheError, TokenHeader, TokenLayout, layout_of
 from flowmo.generator import Generator, TokenSamplerConfig, sample_tokens
@@ -167,6 +168,28 @@ def test_grids_are_drawn_with_the_tokenizer_that_made_the_tokens(tmp_path):
     FlowMo("tiny").save_pretrained(tmp_path / "other")
     with pytest.raises(TokenCacheError, match="did not make the tokens"):
         Trainer(config(tmp_path / "wrong", tokens, 1, *more, f"generator.tokenizer={tmp_path / 'other'}"))
+
+
+def test_tokens_of_fsq_take_only_their_own_values(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"quantizer": "fsq", "fsq_levels": [3, 3], "latent_channels": 4, "decoder_depth": 1}
+    model = FlowMo(model_config("tiny", **sizes)).eval()
+    model.save_pretrained(tmp_path / "tokenizer")
+    layout = layout_of(model)
+    cache = TokenCache.create(tmp_path / "tokens", TokenHeader(layout, 8, 1, "center", 32, "float32", ["x"]), [0] * 8)
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = model.tokenize(images)
+    cache.write(list(range(8)), expected[:, None])
+    assert torch.equal(TokenCache.open(tmp_path / "tokens", layout).read(np.arange(8), np.zeros(8, int))[0], expected)
+    more = [f"generator.network.{k}={v}" for k, v in {"tokens": 32, "bits": 4, "classes": 1}.items()]
+    more += [f"generator.tokenizer={tmp_path / 'tokenizer'}", "sampler.steps=1", "trainer.sample_images=4"]
+    with pytest.raises(TokenCacheError, match=r"values of a token: 16 and 9.*generator\.network\.vocabulary=9"):
+        Trainer(config(tmp_path / "run", tmp_path / "tokens", 1, *more))
+    trainer = Trainer(config(tmp_path / "run", tmp_path / "tokens", 1, "generator.network.vocabulary=9", *more))
+    trainer.fit()  # ends with a grid of pictures, whose tokens are drawn
+    assert trainer.model.head.weight.shape[0] == 9 and len(list((tmp_path / "run" / "samples").iterdir())) == 1
+    with pytest.raises(ConfigError, match="more than 8 and at most 16 values"):
+        config(tmp_path / "run", tmp_path / "tokens", 1, "generator.network.vocabulary=17", *more)
 
 
 def test_wrong_tokens_are_an_error(tmp_path, tokens):
