@@ -1,10 +1,12 @@
 """Draw new pictures: python -m flowmo.generate --tokenizer T --generator G --classes 0,1,2 --n 8 --out DIR
 
     python -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes 207,388 --n 8 --out dogs/
-    python -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes all --n 50 --out fid50k/
+    torchrun --nproc-per-node 8 -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes all \\
+        --n 50 --no-png --out fid50k/
 
 Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
 [N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
+Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,51 +32,72 @@ from flowmo.files import atomic_write
 from flowmo.generator.network import Generator
 from flowmo.generator.sampler import SamplerPlan
 from flowmo.generator_config import TokenSamplerConfig
-from flowmo.training.loop import resolve_device
+from flowmo.training import distributed
+from flowmo.training.precision import resolve_device
+from flowmo.training.state import noise_seed
 
 GRID_ROWS, GRID_COLUMNS = 16, 8
+PLACES = ("start", "end", "span")  # of a step, where it counts
+BLOCK = 64  # pictures written at once
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.n < 1 or options.batch < 1:
         raise ValueError(f"--n {options.n} --batch {options.batch}: expected at least 1 picture")
+    processes = distributed.join()
+    rank, world = processes.rank, processes.world
     device = resolve_device(options.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", processes.local_rank)
     fast = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if fast else torch.float32
     generator, tokenizer = load_pair(options.generator, options.tokenizer, device, dtype)
     classes = parse_classes(options.classes, generator)
     labels = shuffled_labels(classes, options.n, options.seed)
     plan = SamplerPlan(generator, min(options.batch, len(labels)), sampler_config(options))
-    print(
-        f"{len(labels)} pictures of {len(classes)} classes, {plan.describe()}, {dtype}; {flowmo_kernels.describe()}",
-        flush=True,
-    )
-    decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
-    rows: dict[int, list[Tensor]] = {label: [] for label in classes[:GRID_ROWS]}
-    bar = tqdm(total=len(labels), unit="picture", disable=not sys.stderr.isatty())
+    if processes.first:
+        print(
+            f"{len(labels)} pictures of {len(classes)} classes, {world} processes, {plan.describe()}, "
+            f"{dtype}; {flowmo_kernels.describe()}",
+            flush=True,
+        )
+        options.out.mkdir(parents=True, exist_ok=True)
     side = tokenizer.config.image_size
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str) -> None:
-        done = 0
-        with AdmWriter(name, (len(labels), side, side, 3), labels) as archive:
-            for part, pictures in generate(plan, tokenizer, labels, options.seed, **decoder):
-                archive.add(pictures)
-                for picture, label in zip(pictures, part.tolist()):
-                    if not options.no_png:
-                        save_png(picture, options.out / "pictures" / f"{done:06d}_{label:04d}.png")
-                    if label in rows and len(rows[label]) < GRID_COLUMNS:
-                        rows[label].append(picture)
-                    done += 1
-                bar.update(len(part))
-
-    atomic_write(options.out / "samples.npz", write)
-    bar.close()
-    names = [generator.class_names[c] if c < len(generator.class_names) else str(c) for c in rows]
-    save_png(make_grid([torch.stack(row) for row in rows.values()], names), options.out / "grid.png")
-    print(f"wrote {len(labels)} pictures, grid.png and samples.npz to {options.out}")
+    with shared_pictures(options.out, (len(labels), side, side, 3), processes) as pixels:
+        decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
+        bar = tqdm(total=len(labels), unit="picture", disable=not processes.first or not sys.stderr.isatty())
+        for first, pictures in generate(plan, tokenizer, labels, options.seed, rank, world, **decoder):
+            pixels[first : first + len(pictures)] = pictures.permute(0, 2, 3, 1).numpy()
+            if not options.no_png:
+                for i, picture in enumerate(pictures, first):
+                    save_png(picture, options.out / "pictures" / f"{i:06d}_{int(labels[i]):04d}.png")
+            bar.update(min(len(labels), len(pictures) * world))
+        bar.close()
+        pixels.flush()
+        distributed.barrier()
+        if processes.first:
+            atomic_write(options.out / "samples.npz", lambda name: write_archive(name, pixels, labels))
+            save_png(class_grid(pixels, labels, classes[:GRID_ROWS], generator), options.out / "grid.png")
+            print(f"wrote {len(labels)} pictures, grid.png and samples.npz to {options.out}")
     return 0
+
+
+@contextlib.contextmanager
+def shared_pictures(
+    folder: Path, shape: tuple[int, int, int, int], processes: distributed.Processes
+) -> Iterator[np.memmap]:
+    """A file of pictures uint8 [N, H, W, 3] that all processes write into; it is gone afterwards."""
+    path = folder / ".pictures.npy"
+    if processes.first:
+        np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
+    distributed.barrier()
+    try:
+        yield np.lib.format.open_memmap(path, "r+")
+        distributed.barrier()  # until the first has read everything
+    finally:
+        if processes.first:
+            path.unlink(missing_ok=True)
 
 
 def load_pair(
@@ -109,15 +132,33 @@ def generate(
     tokenizer: FlowMo,
     labels: Tensor,  # [N] int64
     seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
     **decoder: float,
-) -> Iterator[tuple[Tensor, Tensor]]:  # labels [n], pictures [n, 3, S, S] uint8
-    """Pictures of labels, in their order, a batch of the plan at a time; `decoder` are options of FlowMo.decode."""
+) -> Iterator[tuple[int, Tensor]]:  # index of the first, pictures [n, 3, S, S] uint8
+    """Pictures of labels, a batch of the plan at a time; `decoder` are options of FlowMo.decode.
+
+    The noise of a batch depends on the seed and its place alone: processes take batches in turn, and together draw
+    what one would.
+    """
     layout = plan.model.layout or layout_of(tokenizer)
-    noise = torch.Generator().manual_seed(seed)
-    for i, part in enumerate(labels.split(plan.batch)):
-        tokens = plan(part.to(plan.device), seed=seed if i == 0 else None)
-        codes = layout.decode(tokens)
-        yield part, to_uint8(tokenizer.decode(codes, generator=noise, **decoder)).cpu()  # type: ignore[arg-type]
+    for number, part in enumerate(labels.split(plan.batch)):
+        if number % world != rank:
+            continue
+        own = noise_seed(seed, number, 0)
+        codes = layout.decode(plan(part.to(plan.device), seed=own))
+        noise = torch.Generator().manual_seed(own)
+        yield number * plan.batch, to_uint8(tokenizer.decode(codes, generator=noise, **decoder)).cpu()  # type: ignore[arg-type]
+
+
+def class_grid(pixels: np.ndarray, labels: Tensor, classes: list[int], generator: Generator) -> Image.Image:
+    """A row of pictures for each of some classes."""
+    rows = []
+    for label in classes:
+        chosen = torch.nonzero(labels == label).flatten()[:GRID_COLUMNS].numpy()
+        rows.append(torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2))
+    names = [generator.class_names[c] if c < len(generator.class_names) else str(c) for c in classes]
+    return make_grid(rows, names)
 
 
 def shuffled_labels(classes: list[int], n: int, seed: int) -> Tensor:  # [len(classes) n] int64
@@ -126,27 +167,16 @@ def shuffled_labels(classes: list[int], n: int, seed: int) -> Tensor:  # [len(cl
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
-class AdmWriter(contextlib.AbstractContextManager["AdmWriter"]):
-    """Writes an `.npz` of pictures (arr_0) and labels (arr_1) one batch after the other, whatever its size."""
-
-    def __init__(self, path: str, shape: tuple[int, int, int, int], labels: Tensor) -> None:
-        self.shape, self.labels = shape, labels
-        self.file = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
-        self.entry: IO[bytes] = self.file.open("arr_0.npy", "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.entry, header)  # type: ignore[arg-type]
-
-    def add(
-        self,
-        pictures: Tensor,  # [n, 3, H, W] uint8
-    ) -> None:
-        self.entry.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-
-    def __exit__(self, *error: object) -> None:
-        self.entry.close()
-        with self.file.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, self.labels.numpy())
-        self.file.close()
+def write_archive(path: str, pixels: np.ndarray, labels: Tensor) -> None:
+    """Write an `.npz` of pictures (arr_0) and labels (arr_1), whatever its size, block by block."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            header = {"descr": "|u1", "fortran_order": False, "shape": pixels.shape}
+            np.lib.format.write_array_header_1_0(entry, header)  # type: ignore[arg-type]
+            for first in range(0, len(pixels), BLOCK):
+                entry.write(pixels[first : first + BLOCK].tobytes())
+        with archive.open("arr_1.npy", "w") as entry:
+            np.lib.format.write_array(entry, labels.numpy())
 
 
 def parse_classes(text: str, generator: Generator) -> list[int]:
@@ -184,11 +214,15 @@ def sampler_config(options: argparse.Namespace) -> TokenSamplerConfig:
         guidance_form=options.guidance_form,
         guidance_decay=options.guidance_decay,
         guidance_power=options.guidance_power,
+        guidance_at=options.guidance_at,
         schedule=options.schedule,
         softmax_annealing=not options.no_softmax_annealing,
+        softmax_temperature=options.softmax_temperature,
         randomize_temperature=options.temperature,
+        temperature_at=options.temperature_at,
         draw=options.draw,
         confidence=options.confidence,
+        confidence_noise=options.confidence_noise,
     )
 
 
@@ -212,11 +246,15 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument("--guidance-form", default=d.guidance_form, choices=("shift", "interpolate"))
     tokens.add_argument("--guidance-decay", default=d.guidance_decay, choices=("constant", "linear", "cosine"))
     tokens.add_argument("--guidance-power", type=float, default=d.guidance_power, help="of the cosine decay")
+    tokens.add_argument("--guidance-at", default=d.guidance_at, choices=PLACES, help="how steps count for the decay")
     tokens.add_argument("--temperature", type=float, default=d.randomize_temperature, help="of the Gumbel noise")
+    tokens.add_argument("--temperature-at", default=d.temperature_at, choices=PLACES, help="how steps count for it")
+    tokens.add_argument("--softmax-temperature", type=float, default=d.softmax_temperature, help="divides the logits")
     tokens.add_argument("--no-softmax-annealing", action="store_true")
-    tokens.add_argument("--schedule", default=d.schedule, choices=("arccos", "cosine"))
+    tokens.add_argument("--schedule", default=d.schedule, choices=("arccos", "cosine", "proportional"))
     tokens.add_argument("--draw", default=d.draw, choices=("annealed", "categorical"))
     tokens.add_argument("--confidence", default=d.confidence, choices=("logit", "log_prob"))
+    tokens.add_argument("--confidence-noise", type=float, help="temperature of its noise; default: --temperature")
     decoder = p.add_argument_group("decoding them")
     decoder.add_argument("--decoder-steps", type=int, help="default: the tokenizer's own, 25 unless distilled")
     decoder.add_argument("--decoder-guidance", type=float, help="default: the tokenizer's own, 1.5")

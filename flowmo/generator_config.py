@@ -93,13 +93,21 @@ class TokenSamplerConfig:
     Attributes:
         steps: S.
         guidance: s. "shift" form: l_c + s (l_c - l_u); "interpolate": l_u + s (l_c - l_u), which is shift by s - 1.
-        guidance_decay: how the shift grows over the steps: "constant"; "linear", i / S; "cosine",
-            (1 - cos(pi (i / S)^p)) / 2 with p = guidance_power.
-        schedule: part that stays masked after step i: "arccos", (2 / pi) arccos(r), or "cosine", cos(pi r / 2).
+        guidance_decay: how the shift grows over the steps: "constant"; "linear", f; "cosine",
+            (1 - cos(pi f^p)) / 2 with p = guidance_power, f being the part of the steps that is done:
+        guidance_at: "start" of step i, f = i / S; "end" of it, (i + 1) / S; "span", i / (S - 1), from 0 to 1.
+        schedule: part that stays masked after step i: "arccos", (2 / pi) arccos(r), or "cosine", cos(pi r / 2);
+            "proportional" reveals numbers of tokens that are to each other as arccos(1 - i / (S - 1)), i > 0.
         softmax_annealing: divide the logits by 0.5 + 0.8 (1 - r).
-        randomize_temperature: of the Gumbel noise, falling to 0 at the last step. The paper does not name it.
-        draw: "annealed" draws a token at temperature tau, greedily at the end; "categorical" at temperature 1.
-        confidence: "logit", the drawn token's logit, or "log_prob", its log-probability; tau Gumbel noise is added.
+        softmax_temperature: divide the logits by this as well.
+        randomize_temperature: R, of the Gumbel noise tau = R (1 - f). The paper does not name it.
+        temperature_at: as guidance_at; at the "end", tau is 0 in the last step and the tokens are drawn greedily.
+        draw: "annealed" draws a token at temperature tau; "categorical" at temperature 1.
+        confidence: "logit", the drawn token's logit, or "log_prob", its log-probability.
+        confidence_noise: R of the noise that is added to the confidence; null: randomize_temperature; 0: none.
+
+    Of the published samplers, TiTok and MUSE draw annealed and rank by logit, MaskGIT, MaskBit and Halton-MaskGIT draw
+    categorical and rank by log_prob; Halton-MaskGIT takes "span" and "proportional", MaskGen guidance_at "end".
     """
 
     steps: int = 64
@@ -107,18 +115,24 @@ class TokenSamplerConfig:
     guidance_form: str = "shift"  # shift | interpolate
     guidance_decay: str = "constant"  # constant | linear | cosine
     guidance_power: float = 3.0
-    schedule: str = "arccos"  # arccos | cosine
+    guidance_at: str = "start"  # start | end | span
+    schedule: str = "arccos"  # arccos | cosine | proportional
     softmax_annealing: bool = True
+    softmax_temperature: float = 1.0
     randomize_temperature: float = 2.8
+    temperature_at: str = "end"  # start | end | span
     draw: str = "annealed"  # annealed | categorical
     confidence: str = "logit"  # logit | log_prob
+    confidence_noise: float | None = None
 
     def check(self) -> None:
         """Raises ConfigError where a value is outside what the sampler knows."""
         for name, allowed in (
             ("guidance_form", ("shift", "interpolate")),
             ("guidance_decay", ("constant", "linear", "cosine")),
-            ("schedule", ("arccos", "cosine")),
+            ("guidance_at", ("start", "end", "span")),
+            ("temperature_at", ("start", "end", "span")),
+            ("schedule", ("arccos", "cosine", "proportional")),
             ("draw", ("annealed", "categorical")),
             ("confidence", ("logit", "log_prob")),
         ):
@@ -130,6 +144,11 @@ class TokenSamplerConfig:
             raise ConfigError(
                 f"sampler.randomize_temperature={self.randomize_temperature}, guidance_power={self.guidance_power}: "
                 "expected a temperature of at least 0 and a positive power"
+            )
+        if self.softmax_temperature <= 0 or (self.confidence_noise or 0.0) < 0:
+            raise ConfigError(
+                f"sampler.softmax_temperature={self.softmax_temperature}, confidence_noise={self.confidence_noise}: "
+                "expected a positive temperature and noise of at least 0"
             )
 
 

@@ -9,6 +9,7 @@ Shapes: B pictures, N tokens of a picture, V codes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -30,13 +31,27 @@ Logits = Callable[[Tensor, Tensor], Tensor]  # ids [B, N], labels [B] -> [B, N, 
 
 def mask_counts(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:
     """Tokens still masked after each step; at least one is revealed a step while more than one is masked."""
+    if schedule == "proportional":
+        weights = [math.acos(1.0 - done(i, steps, "span")) for i in range(steps)]
+        revealed = itertools.accumulate(max(1, round(tokens * w / (sum(weights) or 1.0))) for w in weights)
+        targets = [tokens - n for n in revealed]
+    else:
+        parts = [done(i, steps, "end") for i in range(steps)]
+        arccos = schedule == "arccos"
+        shares = [2 / math.pi * math.acos(r) if arccos else math.cos(math.pi / 2 * r) for r in parts]
+        targets = [math.floor(tokens * share) for share in shares]
     counts, masked = [], tokens
-    for i in range(steps - 1):
-        r = (i + 1) / steps
-        part = 2 / math.pi * math.acos(r) if schedule == "arccos" else math.cos(math.pi / 2 * r)
-        masked = max(1, min(math.floor(tokens * part), masked - 1))
+    for target in targets[:-1]:
+        masked = max(1, min(target, masked - 1))
         counts.append(masked)
     return [*counts, 0]
+
+
+def done(step: int, steps: int, at: str) -> float:
+    """Part of the steps that is done at the start or the end of step 0 .. steps - 1, or, of "span", from 0 to 1."""
+    if at == "span":
+        return step / max(1, steps - 1)
+    return (step + (at == "end")) / steps
 
 
 def guidance_scales(config: TokenSamplerConfig) -> list[float]:
@@ -44,7 +59,7 @@ def guidance_scales(config: TokenSamplerConfig) -> list[float]:
     shift = config.guidance if config.guidance_form == "shift" else config.guidance - 1.0
     scales = []
     for i in range(config.steps):
-        part = i / config.steps
+        part = done(i, config.steps, config.guidance_at)
         if config.guidance_decay == "constant":
             scales.append(shift)
         elif config.guidance_decay == "linear":
@@ -114,20 +129,24 @@ def unmask(
     ids = torch.full((labels.shape[0], c.tokens), c.mask_id, dtype=torch.int64, device=labels.device)
     counts, scales = mask_counts(c.tokens, config.steps, config.schedule), guidance_scales(config)
     for i in range(config.steps):
-        rest = 1.0 - (i + 1) / config.steps
-        tau = config.randomize_temperature * rest
+        left = 1.0 - done(i, config.steps, config.temperature_at)
+        tau = config.randomize_temperature * left
         known = ids != c.mask_id
         scores = guided_logits(logits, ids, labels, c.null_class, scales[i])
+        temperature = config.softmax_temperature
         if config.softmax_annealing:
-            scores = scores / (0.5 + 0.8 * rest)
-        noise = 1.0 if config.draw == "categorical" else tau
-        noisy = scores if noise == 0.0 else scores + noise * gumbel_like(scores, generator)
+            temperature *= 0.5 + 0.8 * (1.0 - (i + 1) / config.steps)
+        if temperature != 1.0:
+            scores = scores / temperature
+        spread = 1.0 if config.draw == "categorical" else tau
+        noisy = scores if spread == 0.0 else scores + spread * gumbel_like(scores, generator)
         drawn = torch.where(known, ids, noisy.argmax(dim=-1))
         if counts[i]:
             if config.confidence == "log_prob":
                 scores = scores.log_softmax(dim=-1)
             confidence = scores.gather(-1, drawn[..., None]).squeeze(-1)
-            confidence = confidence + tau * gumbel_like(confidence, generator)
+            spread = tau if config.confidence_noise is None else config.confidence_noise * left
+            confidence = confidence + spread * gumbel_like(confidence, generator)
             confidence = confidence.masked_fill(known, math.inf)
             # By rank, not by a threshold: ties would mask more than the schedule says.
             least = confidence.topk(counts[i], dim=-1, largest=False, sorted=False).indices

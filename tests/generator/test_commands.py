@@ -20,6 +20,8 @@ from flowmo.data import load_image, normalize
 from flowmo.data.tokens import PENDING, UNREADABLE, TokenCache, TokenCacheError, layout_of, picture_views
 from flowmo.generator import Generator, NetworkConfig, quickstart
 from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig
+from flowmo.training.state import noise_seed
+from tests.processes import together
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,13 +171,33 @@ def test_generate_writes_pictures_grid_and_archive(tokenizer, generator, tmp_pat
 def test_pictures_are_the_decoded_tokens(tokenizer, generator):
     network, model = generate.load_pair(generator, tokenizer, torch.device("cpu"), torch.float32)
     plan = SamplerPlan(network, 4, TokenSamplerConfig(steps=4))
-    labels = torch.tensor([0, 1, 2, 1])
-    [(part, pictures)] = generate.generate(plan, model, labels, seed=3, steps=2)
-    expected = model.detokenize(plan(labels, seed=3), steps=2, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(part, labels)
-    # half a grey level of rounding
-    assert (normalize(pictures) - expected).abs().max() <= 0.5001 / 127.5
+    labels = torch.tensor([0, 1, 2, 1, 0, 2])
+    parts = list(generate.generate(plan, model, labels, seed=3, steps=2))
+    assert [(first, len(pictures)) for first, pictures in parts] == [(0, 4), (4, 2)]
+    for number, (first, pictures) in enumerate(parts):
+        seed = noise_seed(3, number, 0)
+        drawn = plan(labels[first : first + 4], seed=seed)
+        expected = model.detokenize(drawn, steps=2, generator=torch.Generator().manual_seed(seed))
+        # half a grey level of rounding
+        assert (normalize(pictures) - expected).abs().max() <= 0.5001 / 127.5
+    pictures = parts[0][1]
     assert pictures[0].float().sub(pictures[1].float()).abs().mean() > 1
+
+
+def test_two_processes_draw_what_one_does(tokenizer, generator, tmp_path):
+    more = ("--n", "5", "--batch", "4", "--seed", "7")
+    run_generate(tokenizer, generator, tmp_path / "one", *more)
+    arguments = ["--tokenizer", tokenizer, "--generator", generator, "--out", tmp_path / "two", "--device", "cpu"]
+    together(
+        "import sys; from flowmo.generate import main; main(sys.argv[1:])",
+        *map(str, arguments), "--steps", "4", "--decoder-steps", "2", *more,
+    )  # fmt: skip
+    with np.load(tmp_path / "one" / "samples.npz") as one, np.load(tmp_path / "two" / "samples.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+        assert one["arr_0"].std(axis=0).max() > 1
+    names = [sorted(str(p.relative_to(tmp_path / run)) for p in (tmp_path / run).rglob("*")) for run in ("one", "two")]
+    assert names[0] == names[1] and "grid.png" in names[0] and len(names[0]) == 15 + 3
+    assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
 
 
 def test_generate_refuses_tokens_of_another_tokenizer(tokenizer, generator, tmp_path):

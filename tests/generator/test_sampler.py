@@ -34,7 +34,7 @@ def test_tokens_revealed_at_each_step():
     assert [a - b for a, b in itertools.pairwise(counts)] == REVEALED and sum(REVEALED) == 512
 
 
-@pytest.mark.parametrize("schedule", ["arccos", "cosine"])
+@pytest.mark.parametrize("schedule", ["arccos", "cosine", "proportional"])
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (1, 4), (7, 7), (32, 64), (512, 8), (256, 255)])
 def test_every_schedule_ends_with_nothing_masked(schedule, tokens, steps):
     counts = [tokens, *mask_counts(tokens, steps, schedule)]
@@ -135,6 +135,80 @@ def test_guidance_forms_and_decays():
     assert scales(guidance=6.9, guidance_form="interpolate", guidance_decay="cosine") == pytest.approx(
         [(1 + 5.9 * c) - 1 for c in cosine]
     )
+
+
+def test_where_in_a_step_the_decays_count():
+    def scales(at: str) -> list[float]:
+        return guidance_scales(TokenSamplerConfig(steps=4, guidance=4.0, guidance_decay="linear", guidance_at=at))
+
+    assert scales("start") == [0.0, 1.0, 2.0, 3.0]
+    assert scales("end") == [1.0, 2.0, 3.0, 4.0]
+    assert scales("span") == pytest.approx([0.0, 4 / 3, 8 / 3, 4.0])
+    assert guidance_scales(TokenSamplerConfig(steps=1, guidance_decay="linear", guidance_at="span")) == [0.0]
+
+
+def test_proportional_counts():
+    """Reveals numbers in proportion to arccos of 1 .. 0 in equal steps, each rounded and at least one."""
+    counts = [1024, *mask_counts(1024, 32, "proportional")]
+    revealed = [a - b for a, b in itertools.pairwise(counts)]
+    weights = [math.acos(1 - i / 31) for i in range(32)]
+    assert revealed[:-1] == [max(1, round(1024 * w / sum(weights))) for w in weights][:-1]
+    assert sum(revealed) == 1024 and abs(revealed[-1] - 1024 * weights[-1] / sum(weights)) < 16  # 31 roundings
+
+
+def noise_and_scores(monkeypatch, **options) -> tuple[list[float], list[float]]:
+    """Of every step, the factor of the draws' noise and that of the confidences', with noise of ones."""
+    seen: list[Tensor] = []
+
+    def ones(x: Tensor, generator: torch.Generator | None) -> Tensor:
+        noise = torch.ones_like(x)
+        seen.append(noise)
+        return noise
+
+    factors: tuple[list[float], list[float]] = ([], [])
+    real = torch.Tensor.__rmul__
+
+    def watched(self: Tensor, other: float) -> Tensor:
+        if any(self is s for s in seen):
+            factors[0 if self.ndim == 3 else 1].append(other)
+        return real(self, other)
+
+    monkeypatch.setattr("flowmo.generator.sampler.gumbel_like", ones)
+    monkeypatch.setattr(torch.Tensor, "__rmul__", watched)
+    config = TokenSamplerConfig(steps=4, guidance=0.0, **options)
+    unmask(lambda ids, y: torch.zeros(*ids.shape, 16), NETWORK, torch.tensor([0]), config)
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("options", "draws", "confidences"),
+    [
+        ({"randomize_temperature": 4.0}, [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
+        ({"randomize_temperature": 4.0, "temperature_at": "start"}, [4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0]),
+        ({"randomize_temperature": 3.0, "temperature_at": "span"}, [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
+        ({"randomize_temperature": 4.0, "confidence_noise": 0.0}, [3.0, 2.0, 1.0], [0.0, 0.0, 0.0]),
+        ({"draw": "categorical", "confidence_noise": 8.0}, [1.0] * 4, [6.0, 4.0, 2.0]),
+    ],
+)
+def test_temperatures_of_draws_and_confidences(monkeypatch, options, draws, confidences):
+    found = noise_and_scores(monkeypatch, **options)
+    assert found[0] == pytest.approx(draws) and found[1] == pytest.approx(confidences)
+
+
+def test_softmax_temperature_divides_the_logits():
+    """Tokens drawn categorically: a temperature of 2 draws from the softmax of half the logits."""
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    network = NetworkConfig(tokens=1, bits=2, classes=1, hidden=8, depth=2, heads=1)
+    options = {"steps": 1, "guidance": 0.0, "draw": "categorical"}
+    config = TokenSamplerConfig(softmax_annealing=False, softmax_temperature=2.0, **options)
+    n = 40_000
+    labels = torch.zeros(n, dtype=torch.int64)
+    drawn = unmask(
+        lambda ids, y: logits.expand(len(y), 1, -1), network, labels, config, torch.Generator().manual_seed(0)
+    )
+    shares = torch.bincount(drawn.flatten(), minlength=4) / n
+    # five standard errors, at most
+    assert (shares - (logits / 2).softmax(0)).abs().max() < 5 * 0.5 / n**0.5
 
 
 def test_gumbel_noise():
