@@ -107,7 +107,7 @@ def test_a_step_is_the_loss_clipped_and_annealed(tmp_path, tokens):
     norm = torch.nn.utils.get_total_norm(list(gradients.values()))
     trainer.model.zero_grad()
     given: list[tuple[dict[str, torch.Tensor], float]] = []
-    trainer.optimizer.step = lambda lr: given.append(  # type: ignore[method-assign]
+    trainer.optimizer.step = lambda lr, found_inf: given.append(  # type: ignore[method-assign]
         ({k: p.grad.clone() for k, p in trainer.stage.trained.items()}, lr)
     )
     means = trainer.train_step()
