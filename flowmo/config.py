@@ -229,6 +229,34 @@ class PosttrainConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Few-step decoding: a student of the guided sampler of `sampler.*`, which decodes without guidance.
+
+    The perceptual terms, against the original, are those of `posttrain.resnet` and `loss.perceptual`.
+    """
+
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # numbers of steps that the student learns to take
+    rho: float = 1.0  # spacing of its times ((n - i) / n)^rho
+    # Share of the target that the original has, the teacher's picture having the rest: one for all, or of each steps.
+    original: list[float] = field(default_factory=lambda: [0.0])
+
+    def check(self, most: int) -> None:
+        """Raises ConfigError where a value is out of range; `most` steps are the teacher's."""
+        if not self.steps or len(set(self.steps)) < len(self.steps) or not all(1 <= n <= most for n in self.steps):
+            raise ConfigError(
+                f"distill.steps={self.steps}: expected different numbers from 1 to sampler.steps={most}, those of the "
+                "teacher, for example [1,2,4]"
+            )
+        if self.rho <= 0:
+            raise ConfigError(f"distill.rho={self.rho}: expected a positive number; 1 spaces the steps evenly")
+        if len(self.original) not in (1, len(self.steps)) or not all(0 <= a <= 1 for a in self.original):
+            raise ConfigError(
+                f"distill.original={self.original}: expected a share from 0 to 1, or one for each of "
+                f"distill.steps={self.steps}"
+            )
+
+
+@dataclass
 class HeldoutConfig:
     """Held-out pictures, measured as training goes; a run that no longer gets better stops."""
 
@@ -238,7 +266,7 @@ class HeldoutConfig:
     every: int = 0  # steps; 0 never
     patience: int = 5  # measurements in a row without a new best before training stops; 0 never stops
     # perceptual: the stage's own distance | psnr | rfid: Frechet distance of Inception features, the published choice |
-    # masked: of stage maskgit, the cross-entropy at masked tokens
+    # teacher: of distill, PSNR to the teacher's pictures | masked: of maskgit, the cross-entropy at masked tokens
     metric: str = "perceptual"
     inception_weights: str | None = None  # file, for rfid
 
@@ -269,11 +297,11 @@ class TrainerConfig:
 @dataclass
 class Config:
     preset: str = "lo"
-    stage: str = "pretrain"  # pretrain (1A) | posttrain (1B) | maskgit (2)
+    stage: str = "pretrain"  # pretrain (1A) | posttrain (1B) | distill (few steps) | maskgit (2)
     run: str = "runs/${preset}"
     init: str | None = None  # run, model folder or released checkpoint whose (averaged) weights training starts from
     init_part: str = "all"  # what init gives: all | encoder (a decoder that starts anew)
-    checkpoint: str = "full"  # what the chain of posttrain recomputes: full | save10 (no matrix product) | none
+    checkpoint: str = "full"  # what chains (posttrain, distill) recompute: full | save10 (no matrix product) | none
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -282,6 +310,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
@@ -344,7 +373,7 @@ def check(config: Config) -> None:
         ("loss.perceptual", ("lpips", "random", "none")),
         ("loss.codebook_entropy", ("rank", "world")),
         ("posttrain.resnet", ("resnet50", "random", "none")),
-        ("heldout.metric", ("perceptual", "psnr", "rfid", "masked")),
+        ("heldout.metric", ("perceptual", "psnr", "rfid", "masked", "teacher")),
         ("trainer.wandb", ("none", "offline", "online")),
         ("noise.law", ("thick_logit_normal", "logit_normal", "uniform", "one")),
         ("init_part", ("all", "encoder")),
@@ -380,6 +409,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"init_part={config.init_part} is for stage=pretrain with init=, a run or model that gives its encoder"
         )
+    if config.stage == "distill":
+        config.distill.check(config.sampler.steps)
+        if config.init is None:
+            raise ConfigError("stage=distill needs init=: a run, model folder or released checkpoint, the teacher")
     if config.stage == "posttrain" and config.init is None:
         raise ConfigError("stage=posttrain needs init=: a pre-training run, a model folder or a released checkpoint")
     if config.heldout.metric == "rfid" and config.heldout.every and config.heldout.inception_weights is None:

@@ -95,6 +95,33 @@ STAGES: dict[str, dict[str, dict[str, Any]]] = {
             "heldout": {"every": 25},
         },
     },
+    "distill": {
+        "": {
+            "run": "runs/${preset}-distill",
+            "loss": {"perceptual": "none"},
+            "optim": {"lr": 5e-5, "schedule": "cosine", "warmup": 0, "freeze_encoder_at": None},
+            "data": {"batch": 64},
+            "trainer": {"steps": 20_018, "minutes": None, "accumulate": 2},  # one epoch of ImageNet
+            "heldout": {"every": 5_000},
+        },
+        "tiny": {
+            "checkpoint": "none",
+            "data": {"batch": 8},
+            "trainer": {"steps": 40, "sample_every": 20, "save_every": 20},
+            "optim": {"lr": 1e-3},
+            "posttrain": {"resnet": "none"},
+            "heldout": {"every": 20, "metric": "teacher"},
+        },
+        "quickstart": {
+            "checkpoint": "none",
+            "optim": {"lr": 1e-3},
+            "data": {"batch": 16},
+            "sampler": {"steps": 25},
+            "trainer": {"steps": 20_000, "minutes": 30.0, "accumulate": 1, "sample_every": 500, "save_every": 250},
+            "posttrain": {"resnet": "none"},
+            "heldout": {"every": 250, "metric": "teacher", "patience": 0},
+        },
+    },
     "maskgit": {
         "": {
             "trainer": {"steps": 3_002_735, "sample_images": 32},  # 300 epochs of ImageNet
@@ -117,9 +144,10 @@ STAGES: dict[str, dict[str, dict[str, Any]]] = {
 
 # Beginnings of the keys that a stage does not read: to give one is a mistake.
 _OF_PICTURES = ("path", "index", "workers", "max_failed", "flip", "scales", "columns")
-UNREAD: dict[str, tuple[str, ...]] = {stage: ("generator.", "data.tokens") for stage in STAGES} | {
+UNREAD: dict[str, tuple[str, ...]] = {stage: ("generator.", "data.tokens", "distill.") for stage in STAGES} | {
+    "distill": ("generator.", "data.tokens", "noise.", "posttrain.steps"),
     "maskgit": (
-        *("model.", "loss.", "noise.", "optim.", "posttrain.", "checkpoint", "init_part"),
+        *("model.", "loss.", "noise.", "optim.", "posttrain.", "distill.", "checkpoint", "init_part"),
         *(f"data.{key}" for key in _OF_PICTURES),
     ),
 }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowmo.config import ConfigError, ModelConfig
+from flowmo.config import ModelConfig
 from flowmo.engine import Schedule
 from flowmo.files import atomic_write
 from flowmo.sampling import time_grid

@@ -7,6 +7,7 @@ and recomputation do not, so that the utilisation is a lower bound.
 from __future__ import annotations
 
 from flowmo.config import Config
+from flowmo.engine import Schedule
 
 # Dense bf16 operations per second by the makers' data sheets, by a part of the device's name.
 PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -36,11 +37,16 @@ def step_flops(config: Config, frozen_encoder: bool) -> float:
     decoder = transformer_flops(
         m.decoder_hidden, m.decoder_depth, image_tokens, m.latent_tokens, patch_dim, m.latent_channels + 1, True
     )
-    calls = 1
+    calls, watched = 1, 0
+    if config.stage == "distill":
+        frozen_encoder = True
+        calls += sum(config.distill.steps) - len(config.distill.steps)
+        s = config.sampler
+        watched = Schedule(s.steps, s.rho, s.guidance, s.guidance_interval).forwards  # the teacher's
     if config.stage == "posttrain":
         frozen_encoder = True
         calls += config.posttrain.steps if config.posttrain.resnet != "none" else 0
-    return config.data.batch * ((1 if frozen_encoder else 3) * encoder + 3 * calls * decoder)
+    return config.data.batch * ((1 if frozen_encoder else 3) * encoder + (3 * calls + watched) * decoder)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flowmo.training.autoencoder import AutoencoderStage
 
 CURVE = "heldout.jsonl"
-_HIGHER_IS_BETTER = {"psnr"}
+_HIGHER_IS_BETTER = {"psnr", "teacher"}
 
 
 class Heldout:
@@ -106,7 +106,10 @@ class Reconstructions:
             self.originals = self._features(self.images)
 
     def __call__(self, model: FlowMo) -> dict[str, float]:
-        pictures = self.stage.pictures(model, self.images)
+        return self.scores(self.stage.pictures(model, self.images))
+
+    def scores(self, pictures: Tensor) -> dict[str, float]:
+        """Numbers of reconstructions [N, 3, S, S] of the held-out pictures."""
         values = {"psnr": float(psnr(pictures, self.images).mean())}
         parts = [self.stage.distance(a, b) for a, b in zip(self.images.split(32), pictures.split(32))]
         distances = [p for p in parts if p is not None]

@@ -13,6 +13,7 @@ from flowmo.config import Config
 from flowmo.data import save_png
 from flowmo.generator.stage import MaskGIT
 from flowmo.training import distributed, session
+from flowmo.training.distill import Distill
 from flowmo.training.flops import peak_flops
 from flowmo.training.log import RunLog
 from flowmo.training.posttrain import Posttrain
@@ -24,7 +25,7 @@ from flowmo.training.state import TrainState, noise_seed
 
 __all__ = ["STAGES", "Trainer", "fast_math", "noise_seed", "resolve_device", "resolve_precision"]
 
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Pretrain, Posttrain, MaskGIT)}
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Pretrain, Posttrain, Distill, MaskGIT)}
 
 IMAGENET = 1_281_167  # training pictures of ImageNet-1K, in which the published lengths are counted
 

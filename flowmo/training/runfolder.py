@@ -14,12 +14,15 @@ from flowmo.files import atomic_write
 from flowmo.generator_config import TokenSamplerConfig
 from flowmo.training import checkpoint
 
+# The sampler that makes pictures to look at; in stage distill the teacher's, which must stay.
+TEACHER_KEYS = tuple(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval"))
+
 # What may differ between a run's saved configuration and the command that resumes it.
 FREE_KEYS = (
     *(f"trainer.{k}" for k in ("steps", "minutes", "log_every", "sample_every", "sample_images", "save_every")),
     *(f"trainer.{k}" for k in ("keep", "keep_every", "device", "threads", "compile", "gradient_checkpointing")),
     *(f"trainer.{k}" for k in ("accumulate", "parallel", "max_skipped", "profile", "wandb")),
-    *(f"sampler.{k}" for k in ("steps", "rho", "guidance", "guidance_interval")),
+    *TEACHER_KEYS,
     *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
     *(f"generator.sampler.{f.name}" for f in fields(TokenSamplerConfig)),
     "generator.tokenizer",
@@ -35,7 +38,8 @@ def claim(run: Path, config: Config) -> None:
     path = run / "config.yaml"
     if path.exists():
         mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
-        changed = [k for k in mine if k not in FREE_KEYS and mine[k] != saved.get(k)]
+        free = [k for k in FREE_KEYS if not (config.stage == "distill" and k in TEACHER_KEYS)]
+        changed = [k for k in mine if k not in free and mine[k] != saved.get(k)]
         if changed and checkpoint.list_checkpoints(run):
             pairs = ", ".join(f"{k}={saved.get(k)} there and {mine[k]} here" for k in changed[:4])
             raise ConfigError(f"run={run} holds another run ({pairs}); name another run= or repeat its settings")
