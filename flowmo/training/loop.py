@@ -75,7 +75,7 @@ class Trainer(TrainState):
         saved_at = self.step
         profile = self.run / "profile" if t.profile and self.processes.first else None
         with session.signals(self._ask_to_stop), session.profiler(profile) as profiled:
-            while not self.finished and not self._stop:
+            while not self.finished and not self.stopping:
                 before = self._clock
                 window.append(self.train_step())
                 profiled()
@@ -156,6 +156,7 @@ class Trainer(TrainState):
     # The log.
 
     def _report(self, log: RunLog | None, window: list[dict[str, Tensor]], elapsed: float) -> None:
+        self.settle()
         values = {k: float(torch.stack([w[k] for w in window]).mean()) for k in window[0]}
         values = distributed.mean(values)
         values["loss"] = values.pop("total")

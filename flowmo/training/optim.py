@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from flowmo.autoencoder import FlowMo
 from flowmo.config import ModelConfig, OptimConfig
 from flowmo.training.distributed import sum_
-from flowmo.training.sharding import fill_, full, local
+from flowmo.training.sharding import fill_, full, local, shard_like
 from flowmo_kernels import adam_hold_ema_, ema_, weight_norms
 
 
@@ -44,11 +44,8 @@ class AdamHoldEMA:
             the blocks at its value of now, "channel" that of each row, "none" nothing.
         rate_scales: factors of the learning rate by name; those not named have 1.
 
-    Parameters sharded over processes (FSDP) keep their state sharded; the norm of a matrix is then summed up over all
-    processes between the update and the average.
-
-    Raises:
-        ValueError: norms of channels are to be held of sharded parameters, whose rows lie in several processes.
+    Parameters sharded over processes (FSDP) keep their state sharded by rows. A row's norm is then a matter of one
+    process; that of a matrix is summed up over all processes between the update and the average.
     """
 
     def __init__(
@@ -62,14 +59,18 @@ class AdamHoldEMA:
         self.exp_avg_sq = {k: torch.zeros_like(p) for k, p in named.items()}
         self.average = {k: p.detach().clone() for k, p in named.items()}
         held = [k for k in named if is_held(k)] if config.hold_norms != "none" else []
-        self.sharded = any(isinstance(p, DTensor) for p in named.values())
-        if self.sharded and config.hold_norms == "channel":
-            raise ValueError("optim.hold_norms=channel needs trainer.parallel=ddp; with fsdp take matrix or none")
-        norms = weight_norms([full(named[k].detach()) for k in held], per_channel=config.hold_norms == "channel")
-        self.norm: dict[str, Tensor] = dict(zip(held, norms))
+        by_row = config.hold_norms == "channel"
+        # Whether the norms of sharded matrices are held, for which the processes have to come together.
+        self.joint = config.hold_norms == "matrix" and any(isinstance(p, DTensor) for p in named.values())
+        norms = weight_norms([full(named[k].detach()) for k in held], per_channel=by_row)
+        self.norm: dict[str, Tensor] = {k: shard_like(n, named[k]) if by_row else n for k, n in zip(held, norms)}
 
-    def step(self, lr: float) -> None:
-        """One update from the gradients that are there; they are cleared."""
+    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
+        """One update from the gradients that are there; they are cleared.
+
+        Where `found_inf`, fp32 [] on the device, is not zero, nothing else changes; `step_count` counts it all the
+        same, since the host does not know.
+        """
         self.step_count += 1
         grads = {k: p.grad for k, p in self.parameters.items() if p.grad is not None}
         every = self.config.ema_every
@@ -88,28 +89,32 @@ class AdamHoldEMA:
                 lr=lr * scale,
                 betas=self.config.betas,
                 eps=self.config.eps,
-                norms=None if self.sharded else [self.norm.get(k) for k in keys],
+                norms=None if self.joint else [local(self.norm[k]) if k in self.norm else None for k in keys],
                 per_channel=self.config.hold_norms == "channel",
-                averages=[self.average[k] for k in keys] if due and not self.sharded else None,
+                averages=[local(self.average[k]) for k in keys] if due and not self.joint else None,
                 decay=decay,
+                found_inf=found_inf,
             )
-        if self.sharded:
-            self._hold_sharded([k for k in grads if k in self.norm])
-        still = [k for k in self.parameters if self.sharded or k not in grads] if due else []
+        if self.joint:
+            self._hold_jointly([k for k in grads if k in self.norm], found_inf)
+        still = [k for k in self.parameters if self.joint or k not in grads] if due else []
         if still:
-            ema_([local(self.average[k]) for k in still], [local(self.parameters[k].detach()) for k in still], decay)
+            weights = [local(self.parameters[k].detach()) for k in still]
+            ema_([local(self.average[k]) for k in still], weights, decay, found_inf=found_inf)
         for p in self.parameters.values():
             p.grad = None
 
     @torch.no_grad()
-    def _hold_sharded(self, keys: list[str]) -> None:
+    def _hold_jointly(self, keys: list[str], found_inf: Tensor | None) -> None:
         if not keys:
             return
         shards = [local(self.parameters[k].detach()) for k in keys]
         squares = sum_(torch.stack([s.float().square().sum() for s in shards]))
         scales = torch.stack([self.norm[k] for k in keys]) / squares.sqrt()
-        scales = torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
-        torch._foreach_mul_(shards, list(scales.unbind()))
+        wanted = torch.isfinite(scales) & (scales > 0)
+        if found_inf is not None:
+            wanted = wanted & (found_inf == 0)
+        torch._foreach_mul_(shards, list(torch.where(wanted, scales, torch.ones_like(scales)).unbind()))
 
     def state_dict(self) -> dict[str, Any]:
         return {

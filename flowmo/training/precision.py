@@ -58,9 +58,13 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fast_math(precision: str, device: torch.device, length: int) -> Iterator[None]:
-    """The arithmetic of a training step: bf16 autocast, bf16 matrix products under fp32 tensors, or plain fp32."""
+    """The arithmetic of a training step: bf16 autocast, bf16 matrix products under fp32 tensors, or plain fp32.
+
+    Under autocast each learning weight is cast once in the whole block, backward passes included: they run in this
+    thread, whose cast weights those parts find that are computed again (gradient checkpointing).
+    """
     if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16), torch.autograd.set_multithreading_enabled(False):
             yield
     elif precision == "bf16_matmul":
         # PyTorch's fused CPU attention is slower with bf16 products than plain matrix products are (4x at the

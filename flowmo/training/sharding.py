@@ -51,6 +51,16 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_like(
+    rows: Tensor,  # [rows], whole in every process
+    parameter: Tensor,  # [rows, ...]
+) -> Tensor:
+    """One number to a row of a parameter, each beside its row."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    return distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def fill_(target: Tensor, whole: Tensor) -> None:
     """Copy this process's rows of a tensor that every process has whole."""

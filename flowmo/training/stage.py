@@ -34,14 +34,18 @@ class Optimizer(Protocol):
     """What the loop asks of an optimizer; it keeps the average as well.
 
     Attributes:
-        average: the averaged weights of `Stage.trained`, by name. step_count: updates so far.
+        average: the averaged weights of `Stage.trained`, by name. step_count: updates so far; the loop takes one back
+            when it learns that it was skipped, before the next.
     """
 
     average: dict[str, Tensor]
     step_count: int
 
-    def step(self, lr: float) -> None:
-        """One update from the gradients that are there; they are cleared."""
+    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
+        """One update from the gradients that are there; they are cleared.
+
+        Where `found_inf`, fp32 [] on the device, is not zero, nothing else changes. The host does not read it.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowmo.config import Config, ConfigError, to_yaml
-from flowmo.files import atomic_write
 from flowmo.training import checkpoint, distributed, runfolder
 from flowmo.training.heldout import Heldout
 from flowmo.training.precision import fast_math, resolve_device, resolve_precision
 from flowmo.training.sharding import exchange_gradients, fill_, flatten, full, load_shards_
 from flowmo.training.stage import Stage
+from flowmo.training.verdict import Verdict
 
 logger = logging.getLogger("flowmo")
 
@@ -85,8 +84,10 @@ class TrainState:
         self.skipped = 0  # steps whose loss or gradient was not finite
         self._skipped_in_row = 0
         self._clock = 0.0  # this process's own seconds
-        self._stop = False
+        self._stop = False  # this process was asked to
+        self._all_stop = False
         self._exhausted = False
+        self._verdict: Verdict | None = None  # of the last step, not read so far
         self._wrap()
 
     @property
@@ -102,6 +103,11 @@ class TrainState:
     @property
     def finished(self) -> bool:
         return self.progress >= 1.0 or self._exhausted
+
+    @property
+    def stopping(self) -> bool:
+        """Whether training is to stop after this step, in all processes alike."""
+        return self._stop if self.processes.world == 1 else self._all_stop
 
     # One step.
 
@@ -135,10 +141,11 @@ class TrainState:
     def train_step(self) -> dict[str, Tensor]:
         """All micro-batches of one optimizer step; detached means of the losses and the gradient's norm.
 
-        A step whose loss or gradient is not finite changes no weight; too many in a row end the run.
+        A step whose loss or gradient is not finite changes no weight. The device decides that; this process reads it
+        in the next step or in :meth:`settle`, and until then counts as if the step were taken.
 
         Raises:
-            FloatingPointError: `trainer.max_skipped` such steps in a row; their last batch is in RUN/nonfinite.
+            FloatingPointError: as :meth:`settle`, about the step before.
         """
         c = self.config
         accumulate, (rank, world, _) = c.trainer.accumulate, self.processes
@@ -147,58 +154,65 @@ class TrainState:
             self._wrap()
         parts: list[dict[str, Tensor]] = []
         batches: list[Any] = []
-        for micro in range(accumulate):
-            batch = next(self.data)
-            self.generator.manual_seed(noise_seed(c.trainer.seed, self.step, micro * world + rank))
-            exchange = world == 1 or micro == accumulate - 1
-            with self._exchange(exchange):
-                with fast_math(self.precision, self.device, self.stage.sequence):
+        # One region for all micro-batches: autocast keeps the bf16 weights that it makes in the first.
+        with fast_math(self.precision, self.device, self.stage.sequence):
+            for micro in range(accumulate):
+                batch = next(self.data)
+                self.generator.manual_seed(noise_seed(c.trainer.seed, self.step, micro * world + rank))
+                with self._exchange(world == 1 or micro == accumulate - 1):
                     losses = self._parallel(batch, self.generator)
                     (losses["total"] / accumulate).backward()
-            parts.append({k: v.detach() for k, v in losses.items()})
-            batches.append(batch)
+                parts.append({k: v.detach() for k, v in losses.items()})
+                batches.append(batch)
         means = {k: torch.stack([p[k].float() for p in parts]).mean() for k in parts[0]}
         gradients = [p.grad for p in self.stage.trained.values() if p.grad is not None]
-        means["gradient_norm"] = full(torch.nn.utils.get_total_norm(gradients))
-        # The one wait for the device in a step: whether to take it must be known before the weights change.
-        bad = not math.isfinite(float(means["total"] + means["gradient_norm"]))
-        if world > 1:
-            any_bad, stop, self.seconds = distributed.largest([bad, self._stop, self._clock])
-            bad, self._stop = bool(any_bad), bool(stop)
-        if bad:
-            self._skip(batches, means)
-        else:
-            self._skipped_in_row = 0
-            self.stage.clip_(means["gradient_norm"])
-            self.optimizer.step(self.stage.learning_rate(self.step, self.progress))
-        if self.step == len(self._first_losses) < FIRST_STEPS:
-            self._first_losses.append(float(means[self.stage.shown[0] if self.stage.shown else "total"]))
+        norm = means["gradient_norm"] = full(torch.nn.utils.get_total_norm(gradients))
+        followed = means[self.stage.shown[0] if self.stage.shown else "total"]
+        numbers = [followed, means["total"], norm]
+        verdict = Verdict(self.step, batches, means["total"] + norm, self._stop, self._clock, numbers)
+        self.settle()
+        self.stage.clip_(norm)
+        self.optimizer.step(self.stage.learning_rate(self.step, self.progress), verdict.found_inf)
+        self._verdict = verdict
         self.step += 1
         self._clock += time.perf_counter() - began
         if world == 1:
             self.seconds = self._clock
         return means
 
-    def _skip(self, batches: list[Any], means: dict[str, Tensor]) -> None:
-        for parameter in self.stage.trained.values():
-            parameter.grad = None
+    def settle(self) -> None:
+        """Take in what became of the last step, once; all processes do it at the same places.
+
+        Raises:
+            FloatingPointError: `trainer.max_skipped` steps in a row were not finite; the last one's batch is in
+                RUN/nonfinite.
+        """
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return
+        told = verdict.read()
+        followed, total, norm = told.numbers
+        if self.processes.world > 1:
+            self._all_stop, self.seconds = told.stop, told.seconds
+        if verdict.step == len(self._first_losses) < FIRST_STEPS:
+            self._first_losses.append(followed)
+        if not told.skipped:
+            self._skipped_in_row = 0
+            return
+        self.optimizer.step_count -= 1
         self.skipped += 1
         self._skipped_in_row += 1
         if self.processes.first:
             logger.warning(
                 "step %d skipped: the loss is %g and the gradient's norm %g (%d in a row)",
-                self.step + 1, float(means["total"]), float(means["gradient_norm"]), self._skipped_in_row,
+                verdict.step + 1, total, norm, self._skipped_in_row,
             )  # fmt: skip
         if self._skipped_in_row >= self.config.trainer.max_skipped:
-            folder = self.run / "nonfinite"
-            folder.mkdir(exist_ok=True)
-            path = folder / f"step_{self.step + 1:08d}_rank_{self.processes.rank}.pt"
-            losses = {k: float(v) for k, v in means.items()}
-            saved = {"step": self.step, "batches": [_on_cpu(b) for b in batches], "losses": losses}
-            atomic_write(path, lambda name: torch.save(saved, name))
+            path = self.run / "nonfinite" / f"step_{verdict.step + 1:08d}_rank_{self.processes.rank}.pt"
+            verdict.save_batches(path, {"total": total, "gradient_norm": norm})
             raise FloatingPointError(
-                f"{self._skipped_in_row} steps in a row, up to step {self.step + 1}, had a loss or gradient that is "
-                f"not finite; the last batch is in {path}. The checkpoints are whole: look at the batch, or lower "
+                f"{self._skipped_in_row} steps in a row, up to step {verdict.step + 1}, had a loss or gradient that "
+                f"is not finite; the last batch is in {path}. The checkpoints are whole: look at the batch, or lower "
                 "optim.lr in another run="
             )
 
@@ -209,6 +223,7 @@ class TrainState:
         return self.stage.averaged(self.optimizer.average)
 
     def state_dict(self) -> dict[str, Any]:
+        self.settle()
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -228,6 +243,7 @@ class TrainState:
 
     def save(self) -> Path:
         """Write the checkpoint of this step and the averaged model; the first process does, under FSDP all."""
+        self.settle()  # in all processes: it may end the run
         t, first = self.config.trainer, self.processes.first
         path = checkpoint.path_of(self.run, self.step)
         if self.sharded:
@@ -286,7 +302,3 @@ class TrainState:
 def noise_seed(seed: int, step: int, place: int) -> int:
     """Seed of the noise of one micro-batch, a function of where it is in the run and of nothing else."""
     return int(np.random.SeedSequence((seed, step, place)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _on_cpu(batch: Any) -> Any:
-    return batch.cpu() if isinstance(batch, Tensor) else tuple(part.cpu() for part in batch)
