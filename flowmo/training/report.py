@@ -80,7 +80,7 @@ def report(run: Path) -> str:
     pictures = sorted((run / "samples").glob("step_*.png"))
     if pictures:
         chosen = sorted({round(i * (len(pictures) - 1) / (GRIDS - 1)) for i in range(GRIDS)})
-        parts.append("<h2>Samples, originals above</h2>")
+        parts.append("<h2>Samples</h2>")
         parts += [_picture(pictures[i]) for i in chosen]
     parts += ["<h2>Settings that differ from the defaults</h2>", _table(dict(differences(config)))]
     head = f"<meta charset='utf-8'><title>{html.escape(run.name)}</title><style>{_STYLE}</style>"
