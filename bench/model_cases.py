@@ -7,6 +7,7 @@ forward pass, 12 row tensors a block: residual + norm + modulate twice (4 each),
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from bench import published
 from flowmo import FlowMo, ModelConfig, model_config
-from flowmo.config import LossConfig, NoiseConfig
-from flowmo.engine import Schedule
+from flowmo.config import LossConfig, NoiseConfig, OptimConfig, PosttrainConfig
+from flowmo.engine import Schedule, StepCache
 from flowmo.layers import patchify
+from flowmo.perceptual.resnet import random_resnet_distance
+from flowmo.training.optim import AdamHoldEMA, is_held
+from flowmo.training.posttrain import posttrain_loss
 from flowmo.training.pretrain import pretrain_loss
 from flowmo.transformer import Residual
 from flowmo_kernels import KernelUnavailableError, use
 
-TASKS = ("block", "forward", "decode", "encode", "train")
+TASKS = ("block", "forward", "decode", "encode", "train", "posttrain")
 PROVIDERS = (
     "published",
     "published+bf16",
@@ -34,11 +38,24 @@ PROVIDERS = (
     "cuda",
     "plan",
     "plan+graph",
+    "plan+graph+overlap",
     "plan+graph+tail6",
     "plan+graph+tail10",
+    "plan+graph+cache",
     "plan+graph+fp8",
+    "plan+graph+attention8",
+    "plan+graph+fp8+attention8",
+    "plan+graph+fp8+tail6",
 )
-CHANGED = ("plan+graph+tail6", "plan+graph+tail10", "plan+graph+fp8")  # not the exact picture: PSNR beside the time
+# Words of a plan's name that change the picture, whose PSNR then stands beside the time, and what they stand for.
+CHANGES: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "tail6": lambda c: {"tail_merge": 6},
+    "tail10": lambda c: {"tail_merge": 10},
+    "cache": lambda c: {"cache": StepCache((13, 15, 17, 19, 21, 22, 23, 24), max(1, c.decoder_depth // 4))},
+    "fp8": lambda c: {"fp8": True},
+    "attention8": lambda c: {"attention": "fp8"},
+}
+CHAIN = 8  # velocities of the chain in Stage 1B
 
 Call = Callable[[], Any]
 
@@ -49,7 +66,12 @@ class Work:
 
     matmul_flops: float
     memory_bytes: float
-    forwards: int
+    forwards: float
+
+    def of(self, forwards: float) -> Work:
+        """The same for another number of forward passes."""
+        part = forwards / self.forwards
+        return Work(part * self.matmul_flops, part * self.memory_bytes, forwards)
 
     def roofline_ms(self, copy_bytes_per_s: float, flops_per_s: float) -> float:
         """Products at the measured product rate, then the memory-bound passes at the measured copy rate."""
@@ -72,6 +94,9 @@ def work(task: str, c: ModelConfig, batch: int, item: int) -> Work:
     if task == "train":  # backward twice the products; its bytes have no closed form here and are left out
         flops = c.decoder_depth * decoder[0] + c.encoder_depth * encoder[0]
         return Work(3 * batch * flops, 0.0, 1)
+    if task == "posttrain":  # the flow term and the chain; the frozen encoder runs forward alone
+        flops = 3 * (1 + CHAIN) * c.decoder_depth * decoder[0] + c.encoder_depth * encoder[0]
+        return Work(batch * flops, 0.0, 1 + CHAIN)
     forwards = Schedule().forwards if task == "decode" else 1
     passes = batch * forwards * c.decoder_depth
     return Work(passes * decoder[0], passes * decoder[1], forwards)
@@ -123,8 +148,8 @@ def provide(provider: str, task: str, s: Setting, device: str) -> Call | None:
         return _published(provider, task, s, device, half)
     if provider.startswith("plan"):
         return _plan(provider, task, s, half)
-    if task == "train":
-        return _train(provider, s, device)
+    if task in ("train", "posttrain"):
+        return _train(provider, task, s, device)
     implementation = provider if provider in ("triton", "cuda") else "ref"
     with use(implementation):  # raises here what this machine cannot run
         pass
@@ -170,17 +195,22 @@ def _compiled_model(task: str, s: Setting) -> Call:
 def _published(provider: str, task: str, s: Setting, device: str, half: torch.dtype) -> Call | None:
     m = s.model
     if provider == "published+bf16":
-        if device != "cuda" or task == "train":
+        if device != "cuda" or task in ("train", "posttrain"):
             return None
         m.to(half)
     optimize: Callable[[Any], Any] = torch.compile if device == "cuda" else lambda f: f
-    if task == "train":
-        loss = published.loss_of(m, optimize)
+    if task in ("train", "posttrain"):
+        trained = _trained(m, task)
+        if task == "train":
+            loss = published.loss_of(m, optimize)
+        else:
+            loss = published.posttrain_loss_of(m, optimize, random_resnet_distance().to(device), CHAIN)
+        optimizer = published.Optimizer(trained, [k for k in trained if is_held(k)])
 
         def step() -> None:
-            m.zero_grad(set_to_none=True)
             with mixed(device):
                 loss(s.images).backward()
+            optimizer.step()
 
         return step
     if task == "encode":
@@ -215,40 +245,71 @@ def _published(provider: str, task: str, s: Setting, device: str, half: torch.dt
     return run
 
 
+def provider_name(text: str) -> str:
+    """`text`, if it is one of PROVIDERS or a plan with any of its words; for argparse, which names what raises."""
+    first, *words = text.split("+")
+    if text in PROVIDERS or (first == "plan" and set(words) <= {"graph", "overlap", *CHANGES}):
+        return text
+    known = ", ".join(["graph", "overlap", *CHANGES])
+    raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(PROVIDERS)}, or plan and words of {known}")
+
+
+def changes(provider: str, c: ModelConfig) -> dict[str, Any]:
+    """Options of `FlowMo.decode_plan` by which a plan's picture is not the exact one."""
+    found: dict[str, Any] = {}
+    for word in provider.split("+"):
+        found |= CHANGES[word](c) if word in CHANGES and provider.startswith("plan") else {}
+    return found
+
+
 def _plan(provider: str, task: str, s: Setting, dtype: torch.dtype) -> Call | None:
-    words = provider.split("+")[1:]
-    options: dict[str, Any] = {"dtype": dtype, "graph": "graph" in words, "fp8": "fp8" in words}
+    words, options = provider.split("+")[1:], changes(provider, s.model.config)
+    of_sampler = {"tail_merge", "cache"} & set(options)
+    options |= {"dtype": dtype, "graph": "graph" in words, "overlap": "overlap" in words}
     if "graph" in words and s.model.device.type != "cuda":
         return None
-    if task == "encode":
-        if any(w.startswith("tail") for w in words):
-            return None
+    if task == "encode" and not of_sampler:
         encode_plan = s.model.encode_plan(len(s.images), **options)
         return lambda: encode_plan(s.images)
-    if task not in ("decode", "forward"):
-        return None
-    tail = [int(w.removeprefix("tail")) for w in words if w.startswith("tail")]
-    if task == "forward":  # a sampler of one unguided step: input and output layers included
-        if tail:
-            return None
+    if task == "forward" and not of_sampler:  # a sampler of one unguided step: input and output layers included
         options |= {"steps": 1, "guidance": 1.0}
-    plan = s.model.decode_plan(len(s.codes), tail_merge=tail[0] if tail else None, **options)
+    elif task != "decode":
+        return None
+    plan = s.model.decode_plan(len(s.codes), **options)
     return lambda: plan(s.codes, s.noise)
 
 
-def _train(provider: str, s: Setting, device: str) -> Call:
-    """Forward and backward of a Stage 1A step without the perceptual term and the optimizer."""
+def _trained(m: FlowMo, task: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters a stage trains, of a model in training mode; Stage 1B freezes the encoder."""
+    m.train()
+    m.encoder.requires_grad_(task == "train")
+    unread = {id(p) for part in (m.encoder, m.decoder) for p in part.unread_parameters()}
+    return {k: p for k, p in m.named_parameters() if p.requires_grad and id(p) not in unread}
+
+
+def _train(provider: str, task: str, s: Setting, device: str) -> Call:
+    """A whole optimizer step of Stage 1A (without its perceptual term) or 1B, from one batch."""
     implementation = provider if provider in ("triton", "cuda") else "ref"
     with use(implementation):
         pass
-    loss: Callable[..., dict[str, Tensor]] = torch.compile(pretrain_loss) if provider == "compile" else pretrain_loss
+    optimizer = AdamHoldEMA(_trained(s.model, task), OptimConfig())
+    inner: Callable[..., dict[str, Tensor]] = pretrain_loss if task == "train" else posttrain_loss
+    loss = torch.compile(inner) if provider == "compile" else inner
+    settings: list[Any] = [LossConfig(perceptual="none"), NoiseConfig()]
+    options: dict[str, Any] = {}
+    if task == "posttrain":
+        settings = [PosttrainConfig(steps=CHAIN, resnet="random"), *settings, random_resnet_distance().to(device)]
+        options["memory"] = "save10"  # nothing but products and attention is kept, and none of those computed twice
 
     def run() -> None:
-        s.model.zero_grad(set_to_none=True)
         with use(implementation), mixed(device):
-            loss(s.model, s.images, LossConfig(perceptual="none"), NoiseConfig())["total"].backward()
+            loss(s.model, s.images, *settings, **options)["total"].backward()
+            optimizer.step(1e-4)
 
     return run
 
 
-__all__ = ["CHANGED", "PROVIDERS", "TASKS", "KernelUnavailableError", "Setting", "Work", "config", "provide", "work"]
+__all__ = [
+    "PROVIDERS", "TASKS", "KernelUnavailableError", "Setting", "Work", "changes", "config", "provide", "provider_name",
+    "work",
+]  # fmt: skip

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a card, each step with a time limit, results into $OUT (default bench/results).
+# Everything that needs a card, each step with a time limit, results into $OUT (default bench/results) as they come.
 #
-#   bash bench/on_gpu.sh                     the usual steps
+#   bash bench/on_gpu.sh                     all steps, about two hours
 #   STEPS="tests ops" bash bench/on_gpu.sh   some of: build info tests sanitizer sanitizer-more compile first model
-#                                            model-32 model-train ops ops-compile tune components profile
+#                                            model-32 forward options hi small train posttrain photographs ops
+#                                            ops-compile tune components profile
 #   PYTHON=...       the interpreter (default python3)
 #   LIMIT_ops=120    another limit in seconds for the steps whose name starts with "ops"
 #   TUNE=lfq         the sweeps of bench/tune.py whose name contains this
+#   PHOTOS=FOLDER    what the step "photographs" trains on (default: those inside scikit-image and scikit-learn)
+#   MINUTES=8        how long it trains (default 10)
 #   BUDGET=520       seconds for everything: later steps get what is left, and none starts in the last twenty
 #   PACK=1           $OUT gets one archive, results.tar.gz, renewed after every step, instead of the files
+#   REHEARSE=1       without a card: every step that a CPU can take, at tiny sizes, in a few minutes; the others say
+#                    that they need a card. Numbers go to a temporary folder.
 #
 # A step that fails or runs out of time does not stop the others; the last line and the exit status say what failed.
 # Wheels in .whl/ are installed into a temporary folder first; that is for machines without a network.
@@ -25,14 +30,22 @@
 #   3. PACK=1 BUDGET=430 TUNE=qk_norm_rope STEPS="build ops model-32 components tune" bash bench/on_gpu.sh
 #                                                                                           call limit 470
 #
-# Together at most 27 minutes, the start of the machine not counted.
+# Together at most 27 minutes, the start of the machine not counted. The rest of the goals table, on a second loan:
+#
+#   4. PACK=1 BUDGET=530 STEPS="build forward options" bash bench/on_gpu.sh                 call limit 570
+#   5. PACK=1 BUDGET=530 STEPS="build train posttrain" bash bench/on_gpu.sh                 call limit 570
+#   6. PACK=1 BUDGET=430 MINUTES=5 STEPS="build photographs small" bash bench/on_gpu.sh     call limit 470
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-build info tests sanitizer sanitizer-more compile first model model-32 model-train ops ops-compile tune components profile}
+STEPS=${STEPS:-build info tests sanitizer sanitizer-more compile first model model-32 forward options hi small train posttrain photographs ops ops-compile tune components profile}
 BUDGET=${BUDGET:-1000000}
 PACK=${PACK:-0}
+REHEARSE=${REHEARSE:-0}
+MINUTES=${MINUTES:-10}
+PHOTOS=${PHOTOS:-samples}
+[[ $REHEARSE == 1 ]] && OUT=$(mktemp -d)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 RESULTS=$OUT
@@ -69,15 +82,17 @@ step() {
     status=${PIPESTATUS[0]}
     echo "== $name: status $status after $((SECONDS - began)) s"
     echo "$name,$status,$((SECONDS - began))" >> "$RESULTS/steps.csv"
-    if [[ $status -ne 0 ]]; then
+    if [[ $REHEARSE == 1 && $status -eq 2 ]] && grep -q "there is none\|there is no CUDA" "$RESULTS/$name.log"; then
+        echo "== $name needs a card"
+    elif [[ $status -ne 0 ]]; then
         failed+=("$name ($status)")
     fi
     pack
 }
 
 echo "step,status,seconds" > "$RESULTS/steps.csv"
-if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
-    echo "there is no CUDA card: nothing to run"
+if [[ $REHEARSE != 1 ]] && ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    echo "there is no CUDA card: nothing to run (REHEARSE=1 runs tiny sizes on the CPU)"
     exit 2
 fi
 if compgen -G ".whl/*.whl" > /dev/null; then
@@ -86,19 +101,20 @@ if compgen -G ".whl/*.whl" > /dev/null; then
         export PYTHONPATH="$SITE:$PYTHONPATH"
 fi
 
-if wanted build; then
+if wanted build && [[ $REHEARSE != 1 ]]; then
     # For this card alone, which takes a fraction of the time of all architectures.
     ARCH=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"sm_{a}{b}" + "a" * (a == 9))')
     step build 240 env FLOWMO_CUDA=1 FLOWMO_CUDA_ARCHS="${FLOWMO_CUDA_ARCHS:-$ARCH}" "$PYTHON" setup.py -q build_ext --inplace
 fi
 if wanted info; then
     step info 60 "$PYTHON" -c 'import json, bench.timing as t, flowmo_kernels as k; print(json.dumps(t.environment())); print(k.describe())'
-    step info-card 20 bash -c 'nvidia-smi -q && "$0" -m pip list' "$PYTHON"
+    [[ $REHEARSE == 1 ]] || step info-card 20 bash -c 'nvidia-smi -q && "$0" -m pip list' "$PYTHON"
 fi
 if wanted tests; then
     GPU_TESTS="tests/ops tests/cuda tests/engine tests/model/test_kernels.py tests/generator/test_sampler.py"
     # A test that breaks the card's context ends its process, and the next process goes on (tests/conftest.py).
     PROCESSES="--continue-on-collection-errors --max-worker-restart=20 --dist worksteal --durations=10 --timeout=120"
+    [[ $REHEARSE == 1 ]] && PROCESSES="--collect-only -qq"
     # shellcheck disable=SC2086
     step tests 200 "$PYTHON" -m pytest $GPU_TESTS -m gpu -n 4 $PROCESSES
     # On a card the unmarked kernel tests run compiled rather than interpreted; compiling takes most of the time.
@@ -113,7 +129,7 @@ sanitize() {
         compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all --report-api-errors no \
         "$PYTHON" -m pytest tests/cuda -m gpu -k "$3" -x -p no:xdist --timeout=200
 }
-if wanted sanitizer || wanted sanitizer-more; then
+if [[ $REHEARSE != 1 ]] && { wanted sanitizer || wanted sanitizer-more; }; then
     if command -v compute-sanitizer > /dev/null; then
         SMALL="not long_codes and not launch_error"
         if wanted sanitizer; then
@@ -130,29 +146,83 @@ if wanted sanitizer || wanted sanitizer-more; then
         echo "sanitizer,absent,0" >> "$RESULTS/steps.csv"
     fi
 fi
-if wanted compile; then
+if wanted compile && [[ $REHEARSE != 1 ]]; then
     step compile 300 "$PYTHON" bench/compile_kernels.py
     step compile-cuda 300 "$PYTHON" bench/compile_kernels.py --cuda
 fi
 if wanted first; then
     step first 120 "$PYTHON" -m bench.first --out "$RESULTS/first.csv"
 fi
-PLANS="plan+graph+fp8 plan+graph+tail6 plan"
+# measure NAME LIMIT SECONDS ARGUMENTS...: rows of bench/model.py into NAME.csv, about so many seconds a row.
+LO=lo HI=hi SMALL=small THIRTY_TWO=32
+if [[ $REHEARSE == 1 ]]; then
+    LO=tiny HI=tiny SMALL=tiny THIRTY_TWO=3
+fi
+measure() {
+    local name=$1 limit=$2 seconds=$3
+    shift 3
+    [[ $REHEARSE == 1 ]] && seconds=0.01 && set -- "${@//plan+graph/plan}"
+    step "$name" "$limit" "$PYTHON" -m bench.model --seconds "$seconds" --out "$RESULTS/$name.csv" "$@"
+}
+BASELINES="published published+bf16"
+OPTIONS="plan+graph+tail6 plan+graph+tail10 plan+graph+cache plan+graph+attention8"
+FP8="plan+graph+fp8"
+COMPILE=compile
+if [[ $REHEARSE == 1 ]]; then
+    FP8="" COMPILE=""
+else
+    OPTIONS="$OPTIONS $FP8 plan+graph+fp8+attention8 plan+graph+fp8+tail6"
+fi
+# Plans first: they compile in seconds, the published execution in a minute or two.
+# shellcheck disable=SC2086
 if wanted model; then
-    # Plans first: they compile in seconds, the published execution in a minute or two.
-    # shellcheck disable=SC2086
-    step model 420 "$PYTHON" -m bench.model --tasks decode --batch 8 1 --seconds 1 \
-        --providers plan+graph published published+bf16 $PLANS --out "$RESULTS/model.csv"
-    step model-forward 120 "$PYTHON" -m bench.model --tasks forward encode --batch 8 1 --seconds 1 \
-        --providers plan+graph triton eager --out "$RESULTS/model-forward.csv"
+    measure model 420 1 --model $LO --tasks decode --batch 8 1 --providers plan+graph $BASELINES plan+graph+overlap plan
 fi
+# shellcheck disable=SC2086
 if wanted model-32; then
-    step model-32 150 "$PYTHON" -m bench.model --tasks decode --batch 32 --seconds 1 \
-        --providers plan+graph published --out "$RESULTS/model-32.csv"
+    measure model-32 150 1 --model $LO --tasks decode --batch $THIRTY_TWO --providers plan+graph published
 fi
-if wanted model-train; then
-    step model-train 300 "$PYTHON" -m bench.model --tasks train --batch 8 --seconds 2 \
-        --providers triton cuda eager published compile --out "$RESULTS/model-train.csv"
+# shellcheck disable=SC2086
+if wanted forward; then
+    measure model-forward 300 1 --model $LO --tasks forward encode --batch 8 1 $THIRTY_TWO \
+        --providers plan+graph $FP8 plan+graph+overlap triton $BASELINES eager
+fi
+# shellcheck disable=SC2086
+if wanted options; then
+    measure model-options 240 0.5 --model $LO --tasks decode --batch 8 1 --providers plan+graph $OPTIONS
+    measure model-32-options 150 0.5 --model $LO --tasks decode --batch $THIRTY_TWO \
+        --providers plan+graph $FP8 plan+graph+tail6
+fi
+# shellcheck disable=SC2086
+if wanted hi; then
+    measure model-hi 900 1 --model $HI --tasks forward decode encode --batch 8 1 $THIRTY_TWO --providers plan+graph $BASELINES
+fi
+# shellcheck disable=SC2086
+if wanted small; then
+    measure model-small 900 1 --model $SMALL --tasks forward decode encode --batch 8 1 $THIRTY_TWO --providers plan+graph $BASELINES
+fi
+# shellcheck disable=SC2086
+if wanted train; then
+    measure model-train 400 2 --model $LO --tasks train --batch 8 --providers triton published cuda eager $COMPILE
+fi
+if wanted posttrain; then
+    # What ten tensors a block, sixteen blocks and nine velocities leave room for.
+    CHAIN_BATCH=$("$PYTHON" -c 'import torch; print(4 if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 1e11 else 2)')
+    measure model-posttrain 400 2 --model $LO --tasks posttrain --batch "$CHAIN_BATCH" --providers triton published eager
+fi
+if wanted photographs; then
+    # `small` at 256 x 256: loss, images/s and utilisation in metrics.jsonl, grids of reconstructions, one page.
+    RUN=$(mktemp -d)/run
+    TRAINING="$SMALL data.path=$PHOTOS data.batch=32 data.scales=[256,320,384,512] data.flip=true data.workers=8 loss.perceptual=none
+        optim.schedule=cosine optim.warmup=200 optim.lr=3e-4 trainer.steps=1000000 trainer.sample_every=200
+        trainer.save_every=1000000 trainer.log_every=20"
+    [[ $REHEARSE == 1 ]] && TRAINING="$SMALL trainer.steps=1000000" MINUTES=0.05
+    # shellcheck disable=SC2086
+    step photographs $((60 * ${MINUTES%.*} + 120)) "$PYTHON" -m flowmo.train $TRAINING trainer.minutes="$MINUTES" run="$RUN"
+    step photographs-page 60 "$PYTHON" -m flowmo.training.report "$RUN" --out "$RESULTS/photographs.html"
+    cp "$RUN"/metrics.jsonl "$RUN"/config.yaml "$RESULTS"/ && cp "$(ls "$RUN"/samples/*.png | tail -1)" "$RESULTS/photographs.png"
+    rm -rf "$RUN"
+    pack
 fi
 if wanted ops; then
     step ops 150 "$PYTHON" bench/ops.py --skip compile --out "$RESULTS/ops.csv"
@@ -161,7 +231,7 @@ if wanted ops-compile; then
     step ops-compile 500 "$PYTHON" bench/ops.py --out "$RESULTS/ops-compile.csv"
 fi
 if wanted components; then
-    step components 60 "$PYTHON" -m bench.components --providers plan --out "$RESULTS/components.csv"
+    step components 100 "$PYTHON" -m bench.components --model $LO --providers plan published --out "$RESULTS/components.csv"
 fi
 if wanted tune; then
     step tune 120 "$PYTHON" bench/tune.py --repeats 10 --only "${TUNE:-}" --out "$RESULTS/tune.csv"

@@ -77,6 +77,16 @@ def disagreement(case: Case, call: Callable[..., Any], device: str) -> float:
     return worst
 
 
+def extra_memory(call: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
+    """Bytes that a call holds at its height beside its inputs, its results included."""
+    call(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(*inputs)
+    return torch.cuda.max_memory_allocated() - before
+
+
 def row_of(case: Case, provider: str, call: Callable[..., Any], peaks: Peaks, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {"op": case.op, "pass": case.variant, "shape": case.shape, "provider": provider}
     if provider != "ref" and provider not in UNCOMPARED:
@@ -85,6 +95,7 @@ def row_of(case: Case, provider: str, call: Callable[..., Any], peaks: Peaks, re
         if error > AGREEMENT:
             return row | {"status": "wrong"}
     inputs = [case.make("cuda") for _ in range(rotations(case.size))]
+    row["extra_mb"] = f"{extra_memory(call, inputs[0]) / 1e6:.1f}"
     t = time_on_card(call, inputs, repeats)
     seconds = t.p50 * 1e-3
     reached = case.bytes / seconds / peaks.copy if case.bound == "memory" else case.flops / seconds / peaks.matmul
@@ -97,8 +108,8 @@ def row_of(case: Case, provider: str, call: Callable[..., Any], peaks: Peaks, re
 
 FIELDS = [
     "op", "pass", "shape", "provider", "status", "error", "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "tflop_per_s",
-    "bound", "percent_of_peak", "captured", "peak_copy_gb_per_s", "peak_matmul_tflop_per_s", "card", "driver",
-    "torch", "cuda", "triton", "commit",
+    "bound", "percent_of_peak", "extra_mb", "captured", "peak_copy_gb_per_s", "peak_matmul_tflop_per_s", "card",
+    "driver", "torch", "cuda", "triton", "commit",
 ]  # fmt: skip
 
 

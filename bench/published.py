@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flowmo import FlowMo
 from flowmo.layers import ROPE_AXES, ROPE_THETA, patchify, unpatchify
-from flowmo.sampling import guided_steps, time_grid
+from flowmo.sampling import guided_steps, random_times, time_grid
 
 
 def rotary_tables(batch: int, latents: int, grid: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,6 +146,58 @@ def loss_of(model: FlowMo, optimize: Callable[[Any], Any]) -> Callable[[Tensor],
         return (v - (z - images)).square().mean() + penalty
 
     return loss
+
+
+def posttrain_loss_of(
+    model: FlowMo, optimize: Callable[[Any], Any], distance: Any, steps: int = 8
+) -> Callable[[Tensor], Tensor]:
+    """images -> Stage 1B loss: every velocity of the chain is run again in the backward pass."""
+    c = model.config
+    velocity, encode = optimize(velocity_of(model)), optimize(encode_of(model))
+
+    def remembered(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        out: Tensor = checkpoint(velocity, z, t, condition, use_reentrant=False)
+        return out
+
+    def loss(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            codes = encode(images)
+            target = distance.features(images)
+        condition = model.condition(codes)
+        t = torch.sigmoid(torch.randn(len(images), device=images.device))
+        noise, z = torch.randn_like(images), torch.randn_like(images)
+        level = t[:, None, None, None]
+        flow = (remembered(level * noise + (1 - level) * images, t, condition) - (noise - images)).square().mean()
+        times = random_times(len(images), steps, device=images.device)
+        for i in range(steps):
+            z = z - (times[:, i] - times[:, i + 1])[:, None, None, None] * remembered(z, times[:, i], condition).float()
+        assert z.shape[-1] == c.image_size
+        return flow + 0.01 * distance.distance(distance.features(z), target).mean()
+
+    return loss
+
+
+class Optimizer:
+    """Adam by PyTorch, then the held norms weight by weight, then the average tensor by tensor, every tenth step."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], held: list[str]) -> None:
+        self.named = named
+        self.adam = torch.optim.Adam(named.values(), lr=1e-4, betas=(0.9, 0.95), foreach=True)
+        self.norms = {k: named[k].detach().norm() for k in held}
+        self.average = {k: p.detach().clone() for k, p in named.items()}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        for name, norm in self.norms.items():
+            weight = self.named[name]
+            weight.mul_(norm / weight.norm())
+        self.steps += 1
+        if self.steps % 10 == 0:
+            for name, weight in self.named.items():
+                self.average[name].mul_(0.999).add_(weight, alpha=0.001)
 
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -24,9 +24,9 @@ Rows = list[dict[str, str]]
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": (
         "Model: block, forward, decode, encode, training step",
-        ("task", "model", "batch", "provider", "dtype", "status", "ms_p20", "ms_p50", "ms_p80", "images_per_s",
-         "forwards", "tflop_per_s", "gb_per_s", "percent_of_roofline", "speedup_published", "speedup_published_bf16",
-         "psnr_to_exact", "peak_gib"),
+        ("task", "model", "batch", "provider", "dtype", "status", "ms_min", "ms_p20", "ms_p50", "ms_p80",
+         "images_per_s", "forwards", "tflop_per_s", "gb_per_s", "percent_of_roofline", "speedup_published",
+         "speedup_published_bf16", "psnr_to_exact", "peak_gib"),
     ),
     "first": (
         "Attention and matrix products",
@@ -35,12 +35,13 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "components": ("Time by component", ("task", "model", "batch", "provider", "component", "ms", "percent")),
     "solvers": (
         "Solvers: PSNR in dB against forward passes",
-        ("solver", "steps", "tail_merge", "guidance", "forwards", "psnr_to_converged", "psnr_to_original"),
+        ("solver", "steps", "tail_merge", "cached_steps", "cached_blocks", "attention", "guidance", "forwards",
+         "psnr_to_converged", "psnr_to_exact", "psnr_to_original"),
     ),
     "ops": (
         "Ops",
         ("op", "pass", "shape", "provider", "status", "error", "ms_p20", "ms_p50", "ms_p80", "gb_per_s", "tflop_per_s",
-         "bound", "percent_of_peak"),
+         "bound", "percent_of_peak", "extra_mb"),
     ),
 }  # fmt: skip
 
@@ -75,6 +76,7 @@ def machine(rows: Rows) -> str:
         "commit",
         "peak_copy_gb_per_s",
         "peak_matmul_tflop_per_s",
+        "note",
     ):
         values = sorted({r[name] for r in rows if r.get(name)})
         if values:
@@ -143,8 +145,9 @@ def plot_solvers(axes: Any, results: dict[str, Rows]) -> bool:
     rows = [r for r in results.get("solvers", []) if r["psnr_to_converged"] != "inf"]
     for solver in dict.fromkeys(r["solver"] for r in rows):
         for guidance in dict.fromkeys(r["guidance"] for r in rows):
-            chosen = [r for r in rows if (r["solver"], r["guidance"], r["tail_merge"]) == (solver, guidance, "")]
-            points = [(int(r["forwards"]), number(r, "psnr_to_converged")) for r in chosen]
+            mine = [r for r in rows if (r["solver"], r["guidance"]) == (solver, guidance)]
+            chosen = [r for r in mine if not any(r.get(c) for c in ("tail_merge", "cached_steps", "attention"))]
+            points = [(float(r["forwards"]), number(r, "psnr_to_converged")) for r in chosen]
             if points:
                 axes.plot(*zip(*points), marker="o", label=f"{solver}, guidance {guidance}")
     axes.set_xlabel("forward passes")

@@ -5,6 +5,7 @@ On a CPU the sizes are the quickstart's in fp32 and nothing is compiled: the num
 
 from __future__ import annotations
 
+import csv
 import time
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from bench import model as model_bench
 from bench import published, solvers
 from bench.model_cases import PROVIDERS, TASKS, Setting, config, provide, work
+from bench.solvers import Way
 from bench.timing import percentiles
 from flowmo.config import LossConfig
-from flowmo.engine import Schedule
+from flowmo.engine import Schedule, StepCache
 
 ON_CARD = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CARD else "cpu"
@@ -103,11 +105,40 @@ def test_command_writes_rows(tmp_path, capsys) -> None:  # type: ignore[no-untyp
         assert "say nothing about a card" in capsys.readouterr().out
 
 
+def test_providers_in_turns(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "model.csv"
+    words = ["--tasks", "decode", "--model", "tiny", "--batch", "2", "--paired", "3", "--note", "a test"]
+    plans = ["plan", "plan+tail6", "plan+cache", "plan+attention8", "plan+graph"]
+    assert model_bench.main([*words, "--providers", "published", *plans, "--out", str(out)]) == 0
+    with out.open(newline="") as file:
+        rows = {r["provider"]: r for r in csv.DictReader(file)}
+    assert list(rows) == ["published", *plans[: 5 if ON_CARD else 4]]
+    for r in rows.values():
+        assert float(r["ms_min"]) <= float(r["ms_p50"]) and r["note"] == "a test"
+        ratio = float(rows["published"]["ms_p50"]) / float(r["ms_p50"])
+        assert float(r["speedup_published"]) == pytest.approx(ratio, abs=0.006)
+    # Work that is left out is not counted, and what changes the picture says how much.
+    assert [rows[p]["forwards"] for p in plans[:3]] == ["31", "26", "27"]
+    assert [bool(r["psnr_to_exact"]) for r in rows.values()][:5] == [False, False, True, True, True]
+    with pytest.raises(SystemExit):
+        model_bench.main([*words, "--providers", "plan+tial6"])
+
+
+def test_each_call_takes_its_turn() -> None:
+    order: list[str] = []
+    times = model_bench.time_in_turns([lambda: order.append("a"), lambda: order.append("b")], 3, "cpu")
+    assert order == ["a", "b"] * 4 and len(times) == 2
+
+
 def test_solver_table() -> None:
     model = Setting.make(config("tiny"), 1, "cpu").model
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    todo = [Schedule(n, guidance=1.0, solver=name) for n in (2, 8) for name in ("euler", "heun")]
-    rows = solvers.table(model, images, [*todo, Schedule(25, guidance=1.0, tail_merge=6)], 40)
-    assert [r["forwards"] for r in rows] == [2, 3, 8, 15, 20]
-    by = {(r["solver"], r["steps"]): float(r["psnr_to_converged"]) for r in rows}
-    assert by["euler", 8] > by["euler", 2] and by["heun", 8] > by["euler", 8]
+    todo = [Way(Schedule(n, guidance=1.0, solver=name)) for n in (2, 8) for name in ("euler", "heun")]
+    paper = Schedule(25, guidance=1.0)
+    todo += [Way(paper._replace(tail_merge=6)), Way(paper, StepCache((22, 24))), Way(paper, attention="int8")]
+    rows = solvers.table(model, images, todo, 40)
+    assert [r["forwards"] for r in rows] == ["2", "3", "8", "15", "20", "24", "25"]
+    by = {(r["solver"], r["steps"], r["forwards"]): float(r["psnr_to_converged"]) for r in rows}
+    assert by["euler", 8, "8"] > by["euler", 2, "2"] and by["heun", 8, "15"] > by["euler", 8, "8"]
+    assert [bool(r["psnr_to_exact"]) for r in rows] == [False] * 4 + [True] * 3
+    assert all(way.schedule.steps in (2, 25) for way in solvers.ways(1.5, 4.0, 3, [2]))

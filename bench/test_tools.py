@@ -97,7 +97,7 @@ def test_first_questions_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first, "SHAPES", {"fc1": (16, 64), "fc2": (64, 16)})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     probes = [*first.attention_probes((1, 8)), *first.linear_probes((5,))]
-    assert len(probes) == 2 * 2 * 2 + 2 + 5
+    assert len(probes) == 2 * (2 + 1 + 1) + 3 + 5
     for probe in probes:
         inputs = probe.make()
         assert all(torch.isfinite(t).all() for t in tensors(probe.call(*inputs))), probe.name

@@ -26,6 +26,7 @@ class Timing:
     p20: float
     p50: float
     p80: float
+    least: float
     captured: bool  # inside a CUDA graph
 
 
@@ -35,7 +36,7 @@ def percentiles(samples: list[float], captured: bool) -> Timing:
     def at(q: float) -> float:
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
-    return Timing(at(0.2), at(0.5), at(0.8), captured)
+    return Timing(at(0.2), at(0.5), at(0.8), ordered[0], captured)
 
 
 def rotations(size: int) -> int:
@@ -116,8 +117,15 @@ def _output(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def processor() -> str:
+    """The processor by its own name, and how much of it PyTorch uses."""
+    name = next((line for line in _output("lscpu").splitlines() if line.startswith("Model name")), ":unknown CPU")
+    threads = torch.get_num_threads()
+    return f"CPU: {name.partition(':')[2].strip()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def environment() -> dict[str, str]:
-    """What a row of results carries: card, driver, versions, commit."""
+    """What a row of results carries: card or processor, driver, versions, commit."""
     triton_version = "none"
     try:
         import triton
@@ -127,7 +135,7 @@ def environment() -> dict[str, str]:
         pass
     dirty = "+" if _output("git", "status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
