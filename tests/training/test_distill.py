@@ -210,7 +210,7 @@ def test_files_of_other_samplers_are_refused(tmp_path, model):
         *({"rho": -1.0}, {"rho": "x"}, {"rho": None}, {"guidance": float("nan")}, {"solver": "heun"}, [4], 4),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content | {"sampler": sampler}))
-        with pytest.raises(CheckpointError, match="sampler|expected"):
+        with pytest.raises(CheckpointError, match=r"sampler|expected"):
             FlowMo.from_pretrained(tmp_path)
     del content["sampler"]
     (tmp_path / "config.json").write_text(json.dumps(content))
