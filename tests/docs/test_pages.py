@@ -1,0 +1,150 @@
+"""Every command and every Python block of docs/ runs; of those marked as not run the options are checked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowmo.config import known_keys, parse
+from tests.docs.blocks import PAGES, ROOT, Block, blocks
+
+names = [page.stem for page in PAGES]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder that looks like a clone to a reader's commands, and takes what they write."""
+    for name in ("docs", "bench", "tests", "kernels", "csrc", "flowmo", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs").mkdir()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_blocks_run_in_order(page, place, monkeypatch):
+    for name in ("TRITON_INTERPRET", "FLOWMO_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    namespace: dict[str, object] = {"__name__": "reader"}
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        assert block.kind in ("bash", "python"), f"{where}: say bash or python, or indent what is no code"
+        if block.why_not is not None:
+            continue
+        if block.kind == "python":
+            torch.manual_seed(0)
+            exec(compile(block.text, where, "exec"), namespace)
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, f"{where}\n{block.text}\n{done.stdout}\n{done.stderr}"
+    torch.set_num_threads(threads)
+
+
+class Parsed(Exception):
+    """The options of a command are right; nothing is to run."""
+
+
+def check_options(words: list[str], monkeypatch) -> None:
+    """Raises, or ends the process, where a command has an option or key that its program does not know."""
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
+    while "=" in words[0]:
+        words = words[1:]
+    if words[0] == "pip":
+        return
+    if words[0] == "pytest":
+        assert all((ROOT / w).exists() for w in words[1:] if not w.startswith("-")), words
+        return
+    assert words[0] == "python", words
+    if words[1:3] == ["-m", "flowmo.train"]:
+        parse(words[3:])
+        return
+
+    read = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, arguments=None, namespace=None):
+        read(parser, arguments, namespace)
+        raise Parsed
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        patch.setattr(os, "environ", os.environ.copy())
+        if words[1] == "-m":
+            importlib.import_module(words[2]).main(words[3:])
+        else:
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_options_of_what_is_not_run_are_right(page, monkeypatch):
+    for block in blocks(page):
+        if block.why_not is None:
+            continue
+        assert block.kind == "bash" and block.why_not.startswith("needs "), f"{page.name}, line {block.line}"
+        for words in block.commands():
+            check_options(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "python -m flowmo.train lo data.pth=IMAGES",
+        "python -m flowmo.tokenize IMAGES --oot tokens/",
+        "torchrun --nproc-per-node 8 -m flowmo.train hi trainer.paralel=fsdp",
+        "python bench/ops.py --onyl lfq",
+        "pytest tests/ops/test_no_such_op.py",
+    ],
+)
+def test_a_wrong_option_is_seen(words, monkeypatch, capsys):
+    with pytest.raises((ValueError, SystemExit, AssertionError)):
+        check_options(words.split(), monkeypatch)
+
+
+def test_blocks_are_found():
+    page = ROOT / "docs" / "kernels.md"
+    found = blocks(page)
+    assert [b.why_not is None for b in found].count(True) == 2 and len(found) == 6
+    fence = "`" * 3
+    assert Block("bash", "a \\\n b # c\n", None, 1).commands() == [["a", "b"]] and fence not in found[0].text
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_keys_that_are_named_are_known():
+    known = set(known_keys())
+    for page in PAGES:
+        for key in re.findall(r"`([a-z]+\.[a-z_.]+)=[^`]*`", page.read_text(encoding="utf-8")):
+            assert key in known, f"{page.name}: {key}"
+
+
+def test_paths_that_are_named_exist():
+    """A file in backticks, below one of the project's folders, is there."""
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:flowmo|kernels|csrc|bench|tests|docs)/[\w./]+)`", page.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
