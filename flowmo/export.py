@@ -33,6 +33,12 @@ def main(arguments: list[str]) -> int:
     if out.suffix == ".safetensors":
         save_file_with_config(model, out)
     elif out.suffix == ".pth":
+        c = model.config
+        if c.quantizer == "fsq" or (c.quantizer == "none" and c.latent_channels != 16):
+            raise ValueError(
+                f"{out}: the released layout cannot say that the quantizer is {c.quantizer}, and its readers would take "
+                "it for another; write a .safetensors file or a folder"
+            )
         save_released(model.state_dict(), out)
     elif not out.suffix:
         model.save_pretrained(out)

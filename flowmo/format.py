@@ -188,10 +188,9 @@ class TokenFile:
         """
         kind = NUMBERS if isinstance(layout, LatentLayout) else TOKENS
         if self.kind != kind:
-            holds, speaks = ("tokens", "real numbers") if kind == NUMBERS else ("real numbers", "tokens")
+            holds, takes = ("tokens", "real numbers") if kind == NUMBERS else ("real numbers", "tokens")
             raise TokenFileError(
-                f"{source}: {holds}, but the code of this model is {speaks}; name the model that made the file with "
-                "--checkpoint"
+                f"{source}: holds {holds}, but the model takes {takes}; name the model that made the file with --checkpoint"
             )
         for name, mine, theirs in (
             ("tiles of {} pixels", self.tile, model.config.image_size),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmo import FlowMo, model_config
+from flowmo import FlowMo, export, model_config
 from flowmo.config import ConfigError, LossConfig, ModelConfig
 from flowmo.data.tokens import TokenLayout, layout_of
 from flowmo.pretrained import CheckpointError, save_released
@@ -180,6 +180,11 @@ def test_released_layout_of_other_quantizers(images, tmp_path):
         assert loaded.config == model.config and torch.equal(loaded.encode(images), model.encode(images))
     with pytest.raises(CheckpointError, match="fsq_levels="):
         FlowMo.from_pretrained(path, **sizes)
+    model.save_pretrained(tmp_path / "fsq")
+    with pytest.raises(ValueError, match=r"cannot say that the quantizer is fsq.*\.safetensors"):
+        export.main([str(tmp_path / "fsq"), str(tmp_path / "export.pth")])
+    assert export.main([str(tmp_path / "fsq"), str(tmp_path / "export.safetensors")]) == 0
+    assert FlowMo.from_pretrained(tmp_path / "export.safetensors").config == model.config
 
 
 def test_old_configuration_files_load_unchanged(tmp_path):
