@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
         c = model.config
         if c.quantizer == "fsq" or (c.quantizer == "none" and c.latent_channels != 16):
             raise ValueError(
-                f"{out}: the released layout cannot say that the quantizer is {c.quantizer}, and its readers would take "
-                "it for another; write a .safetensors file or a folder"
+                f"{out}: the released layout cannot say that the quantizer is {c.quantizer}, and its readers would "
+                "take it for another; write a .safetensors file or a folder"
             )
         save_released(model.state_dict(), out)
     elif not out.suffix:

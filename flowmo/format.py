@@ -190,7 +190,8 @@ class TokenFile:
         if self.kind != kind:
             holds, takes = ("tokens", "real numbers") if kind == NUMBERS else ("real numbers", "tokens")
             raise TokenFileError(
-                f"{source}: holds {holds}, but the model takes {takes}; name the model that made the file with --checkpoint"
+                f"{source}: holds {holds}, but the model takes {takes}; name the model that made the file with "
+                "--checkpoint"
             )
         for name, mine, theirs in (
             ("tiles of {} pixels", self.tile, model.config.image_size),
