@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from flowmo.config import known_keys, parse
+from flowmo.training.flops import step_flops
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
 names = [page.stem for page in PAGES]
@@ -126,6 +128,30 @@ def test_blocks_are_found():
     assert [b.why_not is None for b in found].count(True) == 2 and len(found) == 6
     fence = "`" * 3
     assert Block("bash", "a \\\n b # c\n", None, 1).commands() == [["a", "b"]] and fence not in found[0].text
+
+
+def test_options_in_the_readme_are_right(monkeypatch):
+    """Its blocks for CI are run there; here the options of all its commands are checked."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if re.match(r"(python -m flowmo[. ]\S|torchrun )", line)]
+    assert len(commands) > 10
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words != ["python", "-m", "flowmo.train"]:
+            check_options(words, monkeypatch)
+
+
+def test_costs_are_those_of_the_code():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) steps of (\d+) \| ([\d.]+)e21 \|$", page, re.M)
+    assert len(rows) == 4
+    for run, steps, batch, operations in rows:
+        config = parse([*run.split(), *(["init=RUN"] if "stage" in run else [])])
+        assert (config.trainer.steps, config.data.batch) == (int(steps.replace(",", "")), int(batch))
+        whole = min(config.optim.freeze_encoder_at or config.trainer.steps, config.trainer.steps)
+        total = whole * step_flops(config, False) + (config.trainer.steps - whole) * step_flops(config, True)
+        digits = len(operations.partition(".")[2])
+        assert round(total / 1e21, digits) == float(operations), run
 
 
 def test_links_lead_somewhere():
