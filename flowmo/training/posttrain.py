@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flowmo.autoencoder import FlowMo
-from flowmo.config import Config, ConfigError, LossConfig, NoiseConfig, PosttrainConfig
+from flowmo.config import Config, ConfigError, LossConfig, ModelConfig, NoiseConfig, PosttrainConfig
 from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_resnet_distance
 from flowmo.perceptual.resnet import ResNetDistance
 from flowmo.sampling import euler_chain, random_times
 from flowmo.training.autoencoder import AutoencoderStage
-from flowmo.training.pretrain import flow_loss, sample_noise_levels
+from flowmo.training.pretrain import draw, flow_loss
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -62,6 +62,15 @@ def remembering(call: Call, mode: str) -> Call:
     return again
 
 
+@torch.compiler.disable  # as flowmo.training.pretrain.draw
+def draw_chain(
+    model: ModelConfig, batch: int, steps: int, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor]:  # [B, (S / p)^2, 3 p^2] and [B, steps + 1]
+    """Where a chain starts, and its times."""
+    start = torch.randn(batch, model.grid**2, 3 * model.patch**2, generator=generator, device=device)
+    return start, random_times(batch, steps, generator, device)
+
+
 def posttrain_loss(
     model: FlowMo,
     images: Tensor,  # [B, 3, S, S] in [-1, 1], fp32
@@ -78,17 +87,14 @@ def posttrain_loss(
     own, with the whole code and without guidance.
     """
     c = model.config
+    t, z, keep = draw(c, len(images), loss, noise, generator, images.device)
+    start, times = draw_chain(c, len(images), config.steps, generator, images.device)
     call = remembering(model.velocity, memory)
     with torch.no_grad():
         codes = model.quantize(model.latent(images)).codes
         data = patchify(images, c.patch)
-        t = sample_noise_levels(len(images), noise, generator, images.device)
-        z = torch.randn(data.shape, generator=generator, device=images.device)
-        keep = torch.rand(len(images), generator=generator, device=images.device) >= loss.condition_dropout
         level = t[:, None, None]
         x_t = level * z + (1 - level) * data
-        start = torch.randn(data.shape, generator=generator, device=images.device)
-        times = random_times(len(images), config.steps, generator, images.device)
         target = None if distance is None else distance.features(images)
     flow = flow_loss(call(x_t, t, model.condition(codes, keep)), data, z)
     if distance is None or target is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from flowmo.autoencoder import FlowMo
-from flowmo.config import Config, LossConfig, NoiseConfig
+from flowmo.config import Config, LossConfig, ModelConfig, NoiseConfig
 from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_perceptual
 from flowmo.training.autoencoder import AutoencoderStage
@@ -34,6 +36,29 @@ def sample_noise_levels(
     if law.law == "logit_normal":
         return t
     return torch.where(torch.rand(batch, generator=generator, device=device) < law.tail, uniform, t)
+
+
+class Draws(NamedTuple):
+    """The random numbers of a flow loss."""
+
+    t: Tensor  # [B] noise levels
+    z: Tensor  # [B, (S / p)^2, 3 p^2], standard normal
+    keep: Tensor  # [B] bool: whose conditioning stays
+
+
+@torch.compiler.disable  # generators end a graph; drawn before it, all the rest is one
+def draw(
+    model: ModelConfig,
+    batch: int,
+    loss: LossConfig,
+    noise: NoiseConfig,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Draws:
+    t = sample_noise_levels(batch, noise, generator, device)
+    z = torch.randn(batch, model.grid**2, 3 * model.patch**2, generator=generator, device=device)
+    keep = torch.rand(batch, generator=generator, device=device) >= loss.condition_dropout
+    return Draws(t, z, keep)
 
 
 def flow_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
@@ -78,6 +103,7 @@ def pretrain_loss(
     Chen et al. 2025; there s is drawn first, then t uniform on [s, 1]; here t keeps its law).
     """
     c = model.config
+    t, z, keep = draw(c, len(images), loss, noise, generator, images.device)
     data = patchify(images, c.patch)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
         latent = model.latent(images)
@@ -88,9 +114,6 @@ def pretrain_loss(
     if code_counts is not None and quantized.tokens is not None:
         seen = quantized.tokens.flatten()
         code_counts.scatter_add_(0, seen, torch.ones_like(seen))
-    t = sample_noise_levels(len(images), noise, generator, images.device)
-    z = torch.randn(data.shape, generator=generator, device=images.device)
-    keep = torch.rand(len(images), generator=generator, device=images.device) >= loss.condition_dropout
     level = t[:, None, None]
     x_t = level * z + (1 - level) * data
     codes = quantized.codes

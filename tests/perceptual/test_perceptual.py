@@ -160,6 +160,43 @@ def test_memory_format_changes_layout_not_results() -> None:
         assert torch.allclose(last(x, y), first(x, y), rtol=1e-3)
 
 
+@pytest.mark.parametrize("make", [vgg_lpips, lambda: ResNetDistance(ResNet50())], ids=["lpips", "resnet"])
+def test_every_convolution_runs_channels_last_both_ways(make: object) -> None:
+    """Pictures come contiguous; from the first convolution on, features and their gradients are channels-last."""
+    net = make()  # type: ignore[operator]
+    layouts: dict[str, list[bool]] = {}
+
+    def note(name: str, t: torch.Tensor) -> None:
+        layouts.setdefault(name, []).append(t.is_contiguous(memory_format=torch.channels_last))
+
+    def watch(name: str, out: torch.Tensor) -> None:
+        note(name, out)
+        if out.requires_grad:
+            out.register_hook(lambda g: note(f"{name}, gradient", g))
+
+    convolutions = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    hooks = [c.register_forward_hook(lambda m, i, out, n=n: watch(n, out)) for n, c in convolutions.items()]
+    net(pictures()[:1], pictures(seed=1)[:1].requires_grad_()).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    assert len(layouts) == 2 * len(convolutions) >= 26
+    assert [name for name, found in layouts.items() if not all(found)] == []
+
+
+def test_a_target_is_looked_at_once_and_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two pictures of a call, one pass each; what no gradient wants keeps nothing for one."""
+    net = vgg_lpips()
+    calls: list[bool] = []
+    features = net.features
+    monkeypatch.setattr(net, "features", lambda x: calls.append(x.requires_grad) or features(x))
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        net(pictures(), pictures(seed=1))
+        assert not saved and calls == [False, False]
+        net(pictures(), pictures(seed=1).requires_grad_())
+    assert saved and calls[2:] == [False, True]
+
+
 def test_autocast_keeps_the_distance_in_fp32() -> None:
     x, y = pictures(), pictures(seed=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -121,6 +121,7 @@ def test_memory_modes_give_the_same_gradients_and_save10_repeats_no_product(mode
 def test_compiled_chain_with_save10_has_the_same_gradients(model, images):
     results = []
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model.zero_grad()
         f = torch.compile(posttrain_loss, backend="aot_eager") if compiled else posttrain_loss
@@ -132,6 +133,8 @@ def test_compiled_chain_with_save10_has_the_same_gradients(model, images):
     for key, expected in results[0].items():
         atol = 1e-6 * float(expected.abs().max())
         torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=atol)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and all("draw" in reason for reason in counters["graph_break"])
 
 
 def test_rfid_decides_when_asked(tmp_path, trained, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flowmo.config import parse
+from flowmo import FlowMo
+from flowmo.config import LossConfig, NoiseConfig, OptimConfig, PosttrainConfig, parse
+from flowmo.perceptual.lpips import LPIPS
+from flowmo.perceptual.resnet import ResNet50, ResNetDistance
+from flowmo.perceptual.vgg import CHANNELS, VGG16Features
 from flowmo.training.loop import Trainer
+from flowmo.training.optim import AdamHoldEMA
+from flowmo.training.posttrain import posttrain_loss
+from flowmo.training.pretrain import pretrain_loss
+from flowmo.training.verdict import Verdict
 
 # What makes the host wait for a number or a size that only the device knows.
 ASKING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2", "item", "equal"}
@@ -122,3 +132,66 @@ def test_gradients_through_kept_casts_are_those_of_fresh_ones(tmp_path: Path) ->
         gradients.append(kept)
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     assert all(torch.equal(g, gradients[1][k]) for k, g in gradients[0].items())
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Refuses operations that see a tensor of the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        seen = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        assert all(t.device.type != "cpu" for t in seen), f"{func} sees a tensor on the host"
+        return out
+
+
+@pytest.mark.parametrize("hold", ["matrix", "channel"])
+def test_nothing_goes_to_the_device_or_comes_back(monkeypatch: pytest.MonkeyPatch, hold: str) -> None:
+    """Losses, gradients and update where no value can be read and no table copied from: what a CUDA graph asks for.
+
+    The meta device computes nothing, so whatever needed a number, or made a constant on the host, would fail.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    model = FlowMo("tiny").to("meta")
+    with torch.device("meta"):
+        perceptual = LPIPS(VGG16Features(), [torch.ones(c) for c in CHANNELS])
+        resnet = ResNetDistance(ResNet50())
+        images = torch.empty(2, 3, 32, 32)
+        counts = torch.empty(2**model.config.entropy_bits, dtype=torch.int64)
+    optimizer = AdamHoldEMA(dict(model.named_parameters()), OptimConfig(hold_norms=hold, ema_every=1))
+    noise = NoiseConfig()
+    with OnTheDevice():
+        losses = LossConfig(noise_sync=0.5)
+        out = pretrain_loss(model, images, losses, noise, perceptual, code_counts=counts)
+        out["total"].backward()
+        for memory in ("none", "save10", "full"):
+            chain = PosttrainConfig(steps=2)
+            posttrain_loss(model, images, chain, LossConfig(), noise, resnet, None, memory)["total"].backward()
+        verdict = Verdict(0, [], out["total"], False, 1.0, [out["flow"].detach()])
+        optimizer.step(1e-4, verdict.found_inf)
+
+
+@pytest.mark.gpu
+def test_loss_and_gradients_are_captured_in_a_cuda_graph() -> None:
+    """A replay draws other numbers and gives finite gradients of the same size."""
+    torch.manual_seed(0)
+    model = FlowMo("tiny").cuda()
+    images = torch.rand(4, 3, 32, 32, device="cuda") * 2 - 1
+
+    def gradients() -> Tensor:
+        losses = pretrain_loss(model, images, LossConfig(), NoiseConfig())["total"]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses, list(model.decoder.img_in.parameters()))])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            eager = gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append(captured.clone())
+    assert not torch.equal(*results)
+    assert all(0.2 < float(r.norm() / eager.norm()) < 5 for r in results)
