@@ -10,7 +10,6 @@ Shapes: B images, T latent tokens, N image tokens, L = T + N, D width, H heads, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -19,12 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowmo.engine.weights import BlockWeights, Linear, StreamWeights, TransformerWeights
 from flowmo_kernels import (
     attention_backend,
-    attention_quantized,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
     joint_attention,
@@ -34,14 +31,6 @@ from flowmo_kernels import (
     norm_modulate_fp8,
     qk_norm_rope,
 )
-
-_SDPA = {
-    "sdpa": None,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 class Branch(NamedTuple):
@@ -83,20 +72,9 @@ def attend(
     backend: str,
     logit_bound: float,
 ) -> Tensor:  # [M B, D], sequence-major rows
-    """Joint attention at scale 8 / d."""
+    """Joint attention at scale 8 / d; rows are a view of what the backend writes, where that is in q's order."""
     scale = 8.0 / q.shape[-1]
-    name = attention_backend(q, k, v, backend=backend)
-    if name in _SDPA:
-        # PyTorch's CUDA kernels write o in the order of q's strides: without the copy to image-major order that
-        # `joint_attention` promises, the rows below are a view.
-        choice = _SDPA[name]
-        with contextlib.nullcontext() if choice is None else sdpa_kernel(choice):
-            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-        o = o.transpose(1, 2)
-    elif name in ("fp8", "int8"):
-        o = attention_quantized(q, k, v, scale, format=name)  # in q's order, too
-    else:
-        o = joint_attention(q, k, v, scale, backend=name, logit_bound=logit_bound)
+    o = joint_attention(q, k, v, scale, backend=backend, logit_bound=logit_bound, contiguous=False)
     return o.transpose(0, 1).reshape(-1, q.shape[2] * q.shape[3])
 
 

@@ -65,9 +65,14 @@ def joint_attention_ref(
     scale: float,
 ) -> Tensor:  # [B, Lq, H, d], contiguous
     """`joint_attention` in plain PyTorch."""
+    return _sdpa(q, k, v, scale).contiguous()
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """o in the order that PyTorch writes it; its CUDA kernels write it in q's."""
     q, k, v = (readable(t) for t in (q, k, v))
     o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return o.transpose(1, 2).contiguous()
+    return o.transpose(1, 2)
 
 
 @constant_result
@@ -168,7 +173,8 @@ def joint_attention(
     *,
     backend: str = "auto",
     logit_bound: float | None = None,
-) -> Tensor:  # [B, Lq, H, d], contiguous
+    contiguous: bool = True,
+) -> Tensor:  # [B, Lq, H, d]
     """softmax(scale * q k^T) v for every image and head.
 
     Args:
@@ -182,9 +188,11 @@ def joint_attention(
             runs.
         logit_bound: a number no |scale * q k| exceeds, if one is known: after query-key RMSNorm with gains g_q, g_k
             and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small.
+        contiguous: whether o must be; else it comes as the backend writes it, which saves a copy where the tokens of
+            several images lie side by side (most write o in the order of q).
 
     Returns:
-        o [B, Lq, H, d], contiguous, so that ``o.flatten(2)`` is a view.
+        o [B, Lq, H, d], contiguous, so that ``o.flatten(2)`` is a view, or as `contiguous` says.
 
     Raises:
         ValueError: shapes or dtypes differ, scale is not positive, or no such backend.
@@ -196,11 +204,16 @@ def joint_attention(
         raise ValueError(f"{shapes}; expected q [B, Lq, H, d], k and v [B, L, H, d] and one dtype")
     if not scale > 0:
         raise ValueError(f"scale = {scale}; expected a positive factor such as 8 / {q.shape[-1]}")
-    name = attention_backend(q, k, v, backend=backend)
+    o = _run(attention_backend(q, k, v, backend=backend), q, k, v, scale, logit_bound)
+    return o.contiguous() if contiguous else o
+
+
+def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, logit_bound: float | None) -> Tensor:
+    """o in whatever order the backend writes it."""
     if name == "triton":
         return attention_triton(q, k, v, scale, logit_bound)
     if name in FORMATS:
-        return attention_quantized(q, k, v, scale, format=name).contiguous()
+        return attention_quantized(q, k, v, scale, format=name)
     if name in ("fa3", "fa2", "xformers"):
         q, k, v = (readable(t) for t in (q, k, v))
     if name == "fa3":
@@ -216,6 +229,6 @@ def joint_attention(
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(q, k, v, scale=scale).contiguous()
+        return memory_efficient_attention(q, k, v, scale=scale)
     with contextlib.nullcontext() if name == "sdpa" else sdpa_kernel(_SDP[name]):
-        return joint_attention_ref(q, k, v, scale)
+        return _sdpa(q, k, v, scale)

@@ -25,7 +25,7 @@ from ._dispatch import KernelUnavailableError
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import Signature, signature
 from ._triton import INTERPRETED, cast, cdiv, dot, jit, next_power_of_2, tl
-from .attention_triton import load_part, store_part
+from .attention_triton import load_part, result_of, store_part
 from .fp8 import FP8, FP8_MAX, TINY, implementation
 
 FORMATS = ("fp8", "int8")
@@ -332,10 +332,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, format: str) -> Tensor:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, format: str) -> Tensor:
-    b, n_queries, h, d = q.shape
-    if q.stride(0) < q.stride(1):  # sequence-major, as the engine's rows
-        return torch.empty(n_queries, b, h, d, device=q.device, dtype=q.dtype).transpose(0, 1)
-    return torch.empty(b, n_queries, h, d, device=q.device, dtype=q.dtype)
+    return result_of(q)
 
 
 _op = register("attention_quantized(Tensor q, Tensor k, Tensor v, float scale, str format) -> Tensor", _run, _fake)

@@ -74,7 +74,7 @@ def attention_kernel(
     p_q,  # [B, Lq, H, d]
     p_k,  # [B, L, H, d]
     p_v,
-    p_o,  # [B, Lq, H, d] contiguous
+    p_o,  # [B, Lq, H, d], heads contiguous
     p_lse,  # [B, H, Lq] fp32, log base 2
     n_queries,
     length,
@@ -88,6 +88,8 @@ def attention_kernel(
     stride_vb,
     stride_vl,
     stride_vh,
+    stride_ob,
+    stride_ol,
     c,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -140,10 +142,10 @@ def attention_kernel(
     if not BOUNDED:
         b_lse += b_max
     tl.store(p_lse + i_bh * n_queries + o_m, b_lse, mask=o_m < n_queries)
-    p_o += (i_b * n_queries * H + i_h) * D
-    store_part(p_o, H * D, o_m, n_queries, b_o1 / b_l[:, None], 0, D1, D)
+    p_o += i_b * stride_ob + i_h * D
+    store_part(p_o, stride_ol, o_m, n_queries, b_o1 / b_l[:, None], 0, D1, D)
     if D2 > 0:
-        store_part(p_o, H * D, o_m, n_queries, b_o2 / b_l[:, None], D1, D2, D)
+        store_part(p_o, stride_ol, o_m, n_queries, b_o2 / b_l[:, None], D1, D2, D)
 
 
 @jit
@@ -336,6 +338,13 @@ def attention_dq_kernel(
         store_part(p_dq, H * D, o_m, n_queries, b_dq2 * scale, D1, D2, D)
 
 
+def result_of(q: Tensor) -> Tensor:
+    """Memory for o [B, Lq, H, d] in q's order: image-major, or sequence-major where images lie closer than tokens."""
+    if q.stride(0) < q.stride(1):
+        return torch.empty(q.transpose(0, 1).shape, device=q.device, dtype=q.dtype).transpose(0, 1)
+    return torch.empty(q.shape, device=q.device, dtype=q.dtype)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if max(x.shape[1] * x.stride(1) for x in (q, k, v)) >= 2**31:
@@ -348,7 +357,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tu
         m, n, num_warps, num_stages = size.forward
         attention_kernel[(cdiv(n_queries, m), b * h)](
             q, k, v, o, lse, n_queries, length, h,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale * math.log2(math.e),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:2], scale * math.log2(math.e),
             D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_N=length % n == 0, BOUNDED=bounded,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
@@ -357,14 +366,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tu
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tuple[Tensor, Tensor]:
     b, n_queries, h, _ = q.shape
-    o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return o, torch.empty((b, h, n_queries), device=q.device, dtype=torch.float32)
+    return result_of(q), torch.empty((b, h, n_queries), device=q.device, dtype=torch.float32)
 
 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = rows_contiguous(do), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    o = o.contiguous()
     dq, dk, dv = _backward_fake(do, q, k, v, o, lse, scale)
     b, n_queries, h, d = q.shape
     length = k.shape[1]
@@ -436,7 +445,7 @@ def attention_triton(
     v: Tensor,  # [B, L, H, d]
     scale: float,
     logit_bound: float | None,
-) -> Tensor:  # [B, Lq, H, d], contiguous
+) -> Tensor:  # [B, Lq, H, d], in q's order
     """Joint attention by the kernels of this file; arguments as checked by `joint_attention`."""
     bounded = is_bounded(logit_bound, q.dtype)
     if wants_grad(q, k, v):

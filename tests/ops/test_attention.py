@@ -119,6 +119,24 @@ def test_output_layout(device: str) -> None:
         assert o.is_contiguous() and o.shape == q.shape
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_sequence_major_views_in_and_out(device: str) -> None:
+    """As the engine calls it: no copy of o where the backend can write it in q's order; the gradient is the same."""
+    images = make((2, 40, 2, 16), torch.float32, device)
+    rows = [t.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in images]
+    upstream = random(2, 40, 2, 16, device=device, seed=5)
+    expected = joint_attention(*rows, 0.5, backend="sdpa")
+    gradient = torch.autograd.grad(expected, rows, upstream)
+    for backend in ("triton", "sdpa", "math"):
+        o = joint_attention(*rows, 0.5, backend=backend, contiguous=False)
+        torch.testing.assert_close(o, expected, rtol=0, atol=2**-23 * 56**0.5 * expected.abs().max().item())
+        for got, want in zip(torch.autograd.grad(o, rows, upstream), gradient):
+            torch.testing.assert_close(got, want, rtol=0, atol=2**-23 * 56**0.5 * want.abs().max().item())
+        if backend == "triton":
+            assert o.transpose(0, 1).is_contiguous()
+        assert joint_attention(*rows, 0.5, backend=backend).is_contiguous()
+
+
 def backends_here() -> list[str]:
     probe = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
     sixteen = [b for b in module.BACKENDS if b not in module.FORMATS]
