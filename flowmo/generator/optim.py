@@ -33,12 +33,15 @@ class AdamWEMA:
         self.exp_avg_sq = {k: torch.zeros_like(p) for k, p in named.items()}
         self.average = {k: p.detach().clone() for k, p in named.items()}
 
-    def step(self, lr: float) -> None:
-        """One update from the gradients, which every parameter has; they are cleared."""
+    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
+        """One update from the gradients, which every parameter has, or none by `found_inf`; they are cleared."""
         c = self.config
         weights = {k: p.detach() for k, p in self.parameters.items()}
         if c.weight_decay:
-            torch._foreach_mul_([w for k, w in weights.items() if decays(k, w)], 1.0 - lr * c.weight_decay)
+            keep: float | Tensor = 1.0 - lr * c.weight_decay
+            if found_inf is not None:
+                keep = torch.where(found_inf == 0, torch.full_like(found_inf, 1.0 - lr * c.weight_decay), 1.0)
+            torch._foreach_mul_([w for k, w in weights.items() if decays(k, w)], keep)
         adam_hold_ema_(
             list(weights.values()),
             [p.grad for p in self.parameters.values() if p.grad is not None],
@@ -50,6 +53,7 @@ class AdamWEMA:
             eps=c.eps,
             averages=list(self.average.values()),
             decay=ema_decay(c, self.step_count),
+            found_inf=found_inf,
         )
         self.step_count += 1
         for p in self.parameters.values():
