@@ -2,11 +2,11 @@
 
     python -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes 207,388 --n 8 --out dogs/
     torchrun --nproc-per-node 8 -m flowmo.generate --tokenizer flowmo_lo.pth --generator runs/maskgit --classes all \\
-        --n 50 --no-png --out fid50k/
+        --per-class 50 --no-png --out fid50k/
 
 Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
 [N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
-Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch.
+Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch; torchrun wants --per-class written for --n.
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", required=True, help="released .pth, model folder or run")
     p.add_argument("--generator", required=True, help="model folder or run of Stage 2")
     p.add_argument("--classes", default="all", help="0,1,2 or 0-9 or names or all")
-    p.add_argument("--n", type=int, default=8, help="pictures of each class")
+    # torchrun takes --n for one of its own options
+    p.add_argument("--n", "--per-class", type=int, default=8, help="pictures of each class")
     p.add_argument("--out", required=True, type=Path)
     p.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only")
     p.add_argument("--batch", type=int, default=32, help="pictures at once")
