@@ -32,10 +32,10 @@ def run(
     Raises:
         AssertionError: it exits with another code, or not in time; with everything that it printed.
     """
-    return _finish([_start([str(c) for c in command], cwd, env or environment())], code, timeout)[0]
+    return _finish([_start([str(c) for c in command], cwd, env or environment())], (code,), timeout)[0]
 
 
-def together(code: str, *given: str, exit_code: int = 0, timeout: float = 240) -> list[str]:
+def together(code: str, *given: str, exit_codes: tuple[int, int] = (0, 0), timeout: float = 240) -> list[str]:
     """Run a script in two processes that find each other as torchrun's do; what each printed.
 
     This process holds the rendezvous, as torchrun's agent does: its port is bound by whoever chose it, before
@@ -44,7 +44,7 @@ def together(code: str, *given: str, exit_code: int = 0, timeout: float = 240) -
     for five minutes. The processes connect over loopback, whatever the machine's own name resolves to.
 
     Raises:
-        AssertionError: one exits with another code, or not in time; with everything that both printed.
+        AssertionError: one exits with another code than its own, or not in time; with everything that both printed.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     settings = environment(
@@ -56,7 +56,7 @@ def together(code: str, *given: str, exit_code: int = 0, timeout: float = 240) -
         _start([sys.executable, "-c", code, *given], None, {**settings, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(2)
     ]
-    return _finish(started, exit_code, timeout)
+    return _finish(started, exit_codes, timeout)
 
 
 _Started = tuple["subprocess.Popen[bytes]", Path]
@@ -68,15 +68,15 @@ def _start(command: list[str], cwd: Path | None, env: Mapping[str, str]) -> _Sta
         return subprocess.Popen(command, cwd=cwd, env=dict(env), stdout=output, stderr=subprocess.STDOUT), Path(name)
 
 
-def _finish(started: list[_Started], code: int, timeout: float) -> list[str]:
+def _finish(started: list[_Started], expected: tuple[int, ...], timeout: float) -> list[str]:
     deadline = time.monotonic() + timeout
     processes = [process for process, _ in started]
     try:
         while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-            if any(p.returncode not in (None, code) for p in processes):
+            if any(p.returncode not in (None, code) for p, code in zip(processes, expected)):
                 deadline = min(deadline, time.monotonic() + 10)  # the others would wait for it
             time.sleep(0.02)
-        codes = [p.poll() for p in processes]
+        codes = tuple(p.poll() for p in processes)
     finally:
         for p in processes:
             if p.poll() is None:
@@ -85,10 +85,10 @@ def _finish(started: list[_Started], code: int, timeout: float) -> list[str]:
         printed = [path.read_text(errors="replace") for _, path in started]
         for _, path in started:
             path.unlink()
-    if any(c != code for c in codes):
+    if codes != expected:
         found = [
             f"process {i} " + ("did not end and was killed" if c is None else f"exited with {c}") + f":\n{text}"
             for i, (c, text) in enumerate(zip(codes, printed))
         ]
-        raise AssertionError(f"expected exit code {code}\n" + "\n".join(found))
+        raise AssertionError(f"expected exit codes {expected}\n" + "\n".join(found))
     return printed

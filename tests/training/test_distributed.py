@@ -16,6 +16,7 @@ from flowmo.data import heldout_photographs
 from flowmo.training import checkpoint, distributed
 from flowmo.training.loop import Trainer
 from tests.processes import together
+from tests.training.test_posttrain import Distance
 
 MEASURED = ("images_per_second", "seconds_per_step", "peak_memory_gib")
 
@@ -144,7 +145,7 @@ def test_two_processes_survive_kill_9_bit_for_bit(tmp_path: Path, photographs: s
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     more = ["trainer.save_every=10", "trainer.sample_every=100", "optim.freeze_encoder_at=25", photographs]
     given = [arguments(run, 40, 2, *more) for run in (straight, broken)]
-    together(KILLED, json.dumps(given), exit_code=-signal.SIGKILL)
+    together(KILLED, json.dumps(given), exit_codes=(-signal.SIGKILL, -signal.SIGKILL))
     assert [p.stem[-2:] for p in checkpoint.list_checkpoints(broken)] == ["10", "20"]
     assert len(lines(straight)) == 40 and len(lines(broken)) == 24
     together(TRAIN_ALL, json.dumps(given[1:]))
@@ -190,17 +191,80 @@ def test_batches_that_do_not_divide_are_named(tmp_path, monkeypatch):
         Trainer(parse(["tiny", f"run={tmp_path}"]))
 
 
+SHARDED = """
+import json, os, signal, sys
+from torch.distributed.checkpoint.filesystem import FileSystem
+from flowmo.config import parse
+from flowmo.train import main
+from flowmo.training.distributed import join
+from flowmo.training.loop import Trainer
+from tests.training.test_posttrain import Distance
+
+second = join().rank == 1
+*pretrain, posttrain, last = json.loads(sys.argv[1])
+for run in pretrain:
+    main(run)
+trainer = Trainer(parse(posttrain))
+trainer.stage.resnet = Distance()
+trainer.fit()
+
+create_stream = FileSystem.create_stream
+
+def full(self, path, mode):
+    return create_stream(self, "/dev/full" if mode == "wb" else path, mode)
+
+def deadly(self, path, mode):
+    if mode == "wb":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return create_stream(self, path, mode)
+
+if second:
+    FileSystem.create_stream = full
+try:
+    main(last)
+except OSError as error:
+    assert "disk is full" in str(error) and "step_00000004 before it is whole" in str(error), error
+    print("both processes know")
+else:
+    raise AssertionError("saved")
+if second:
+    FileSystem.create_stream = deadly
+main(last)
+"""
+
+
 @pytest.mark.slow
-def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path):
-    """FSDP2 with two gloo ranks: the same training, shards that one process loads, and a file that two ranks load."""
+def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path: Path) -> None:
+    """FSDP2 with two gloo ranks: the same training, shards that one process loads, and a file that two ranks load.
+
+    On the way, the second rank's disk fills up, and it is killed, in the midst of its part of the checkpoint of step 6.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
+    by_row, by_row_two = tmp_path / "by_row", tmp_path / "by_row_two"
+    rows = ["optim.hold_norms=channel", "optim.ema_every=2"]
     alone(one, 7, 4)
+    alone(by_row, 7, 4, *rows)
+    chain = ["stage=posttrain", f"init={one}", "posttrain.resnet=none", "posttrain.steps=3", "posttrain.weight=1"]
+    trainer = Trainer(parse(arguments(tmp_path / "chain", 3, 4, *chain)))
+    trainer.stage.resnet = Distance()
+    trainer.fit()
+
     file_to_two = only(one, 3, tmp_path / "file_to_two")
-    runs = [(two, 4), (two, 7), (file_to_two, 7)]  # the second goes on from shards, the third from a whole file
-    given = [arguments(run, steps, 2, "trainer.parallel=fsdp") for run, steps in runs]
-    together(TRAIN_ALL, json.dumps(given))
+    fsdp = "trainer.parallel=fsdp"
+    given = [
+        arguments(two, 4, 2, fsdp), arguments(by_row_two, 4, 2, fsdp, *rows),
+        arguments(tmp_path / "chain_two", 3, 2, fsdp, *chain), arguments(two, 7, 2, fsdp),
+    ]  # fmt: skip
+    printed = together(SHARDED, json.dumps(given), exit_codes=(1, -signal.SIGKILL))
+    assert all("both processes know" in text for text in printed)
+    assert [p.name for p in checkpoint.list_checkpoints(two)] == ["step_00000003", "step_00000004"]
+    # The first goes on from shards, the second too, the third from a whole file.
+    runs = [arguments(two, 7, 2, fsdp), arguments(by_row_two, 7, 2, fsdp, *rows), arguments(file_to_two, 7, 2, fsdp)]
+    together(TRAIN_ALL, json.dumps(runs))
     close(one, two, 7)
     close(one, file_to_two, 7)
+    close(by_row, by_row_two, 7)
+    close(tmp_path / "chain", tmp_path / "chain_two", 3)
     assert [p.name for p in checkpoint.list_checkpoints(two)] == [f"step_0000000{n}" for n in (4, 6, 7)]
     shards = sorted(p.name for p in checkpoint.list_checkpoints(two)[0].iterdir())
     assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"]
@@ -209,6 +273,8 @@ def test_sharded_training_equals_whole_and_checkpoints_go_both_ways(tmp_path):
 
     alone(only(two, 4, tmp_path / "shards_to_one"), 7, 4)
     close(one, tmp_path / "shards_to_one", 7)
+    alone(only(by_row_two, 4, tmp_path / "rows_to_one"), 7, 4, *rows)
+    close(by_row, tmp_path / "rows_to_one", 7)
 
     shard = checkpoint.path_of(two, 7).with_suffix("") / "__1_0.distcp"
     data = bytearray(shard.read_bytes())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +23,7 @@ from flowmo.training.optim import AdamHoldEMA
 from flowmo.training.posttrain import posttrain_loss
 from flowmo.training.pretrain import pretrain_loss
 from flowmo.training.verdict import Verdict
+from tests.training.test_posttrain import Distance
 
 # What makes the host wait for a number or a size that only the device knows.
 ASKING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2", "item", "equal"}
@@ -48,16 +49,6 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and kwargs.get("dtype") is torch.bfloat16 and args[0].data_ptr() in self.names:
             self.casts[self.names[args[0].data_ptr()]] += 1
         return func(*args, **kwargs)
-
-
-class Distance(nn.Module):
-    """Stands in for the ResNet-50."""
-
-    def features(self, x: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(x, 4).flatten(1)
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x - y).square().mean(1)
 
 
 def trainer_of(tmp_path: Path, *more: str) -> Trainer:
