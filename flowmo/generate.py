@@ -6,7 +6,8 @@
 
 Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
 [N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
-Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch; torchrun wants --per-class written for --n.
+Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch; torchrun
+wants --per-class written for --n.
 """
 
 from __future__ import annotations
