@@ -88,8 +88,7 @@ def attention_kernel(
     stride_vb,
     stride_vl,
     stride_vh,
-    stride_ob,
-    stride_ol,
+    n_beside,  # images whose rows lie side by side in o: 1, or all of them
     c,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -142,10 +141,10 @@ def attention_kernel(
     if not BOUNDED:
         b_lse += b_max
     tl.store(p_lse + i_bh * n_queries + o_m, b_lse, mask=o_m < n_queries)
-    p_o += i_b * stride_ob + i_h * D
-    store_part(p_o, stride_ol, o_m, n_queries, b_o1 / b_l[:, None], 0, D1, D)
+    p_o += (i_b * tl.where(n_beside == 1, n_queries, 1) * H + i_h) * D
+    store_part(p_o, n_beside * H * D, o_m, n_queries, b_o1 / b_l[:, None], 0, D1, D)
     if D2 > 0:
-        store_part(p_o, stride_ol, o_m, n_queries, b_o2 / b_l[:, None], D1, D2, D)
+        store_part(p_o, n_beside * H * D, o_m, n_queries, b_o2 / b_l[:, None], D1, D2, D)
 
 
 @jit
@@ -357,7 +356,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bounded: bool) -> tu
         m, n, num_warps, num_stages = size.forward
         attention_kernel[(cdiv(n_queries, m), b * h)](
             q, k, v, o, lse, n_queries, length, h,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:2], scale * math.log2(math.e),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], o.stride(1) // (h * d), scale * math.log2(math.e),
             D=d, D1=size.d1, D2=size.d2, M=m, N=n, EVEN_N=length % n == 0, BOUNDED=bounded,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
