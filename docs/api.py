@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", nargs="?", type=Path, help="folder to write")
     p.add_argument("--show", action="store_true", help="serve the pages instead of writing them")
+    p.add_argument("--no-source", action="store_true", help="without the code: half the size")
     options = p.parse_args(arguments)
     if options.show == (options.out is not None):
         p.error("name a folder, or --show")
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
         name_annotations(name)
     convert = pdoc.docstrings.convert
     pdoc.docstrings.convert = lambda text, *rest: convert(ROLE.sub(r"`\1`", text), *rest)
-    pdoc.render.configure(docformat="google", show_source=True, search=True)
+    pdoc.render.configure(docformat="google", show_source=not options.no_source, search=True)
     if options.show:
         with pdoc.web.DocServer(("localhost", 8080), names) as server:
             print("open http://localhost:8080/ in a browser; Ctrl-C ends", flush=True)

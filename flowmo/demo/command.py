@@ -20,7 +20,7 @@ from pathlib import Path
 
 import flowmo_kernels
 from flowmo.data import SamplePhotographsMissing, heldout_photographs, save_png
-from flowmo.demo.work import Studio, sampler_steps
+from flowmo.demo.work import Studio, usual
 from flowmo.pretrained import shipped_weights
 from flowmo.tokenize import open_model
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     model = open_model(options.checkpoint, options.device, "auto")
     studio = Studio(model, options.max_side)
-    steps = sampler_steps(options.checkpoint or shipped_weights("quickstart"))
+    settings = usual(model, options.checkpoint or shipped_weights("quickstart"))
     with tempfile.TemporaryDirectory(prefix="flowmo-demo-") as folder:
         # Both are read when gradio is imported.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C: the pictures go too
         print(f"model on {model.device}; {flowmo_kernels.describe()}")
         print(f"open http://{options.host}:{options.port}/ in a browser; Ctrl-C ends the demo", flush=True)
-        serve(studio, steps, examples, options.host, options.port)
+        serve(studio, settings, examples, options.host, options.port)
     return 0
 
 

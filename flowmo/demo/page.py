@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +79,8 @@ class Outputs(NamedTuple):
     result: gr.State
 
 
-def build(studio: Studio, steps: int, examples: list[Path]) -> gr.Blocks:
-    """The page of a studio; `steps` is the default of setting A."""
+def build(studio: Studio, usual: Settings, examples: list[Path]) -> gr.Blocks:
+    """The page of a studio. Setting A is the usual one at first, B the same with a third of the steps."""
     with gr.Blocks(title="FlowMo", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.HTML(f"<h1>FlowMo</h1><p>{html.escape(studio.describe())}</p>", elem_id="head", padding=False)
         with gr.Row():
@@ -90,10 +91,10 @@ def build(studio: Studio, steps: int, examples: list[Path]) -> gr.Blocks:
                     gr.Examples([[str(path)] for path in examples], photograph, label="Built-in photographs")
             with gr.Column(min_width=300):
                 heading("Setting A")
-                first = controls("a", Settings(steps=steps))
+                first = controls("a", usual)
             with gr.Column(min_width=300):
                 heading("Setting B")
-                second = controls("b", Settings(steps=max(1, round(steps / 3))))
+                second = controls("b", replace(usual, steps=max(1, round(usual.steps / 3))))
         with gr.Row(equal_height=True):
             with gr.Column(min_width=300):
                 extent = gr.Radio(
@@ -300,13 +301,13 @@ class OwnServerOnly:
         await self.app(scope, receive, with_policy)
 
 
-def serve(studio: Studio, steps: int, examples: list[Path], host: str, port: int) -> None:
+def serve(studio: Studio, usual: Settings, examples: list[Path], host: str, port: int) -> None:
     """Show the page until the process is interrupted.
 
     Raises:
         OSError: the port is taken.
     """
-    page = build(studio, steps, examples).queue(max_size=WAITING)
+    page = build(studio, usual, examples).queue(max_size=WAITING)
     try:
         launch(page, examples, host, port)
     except OSError as error:

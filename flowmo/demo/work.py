@@ -22,6 +22,7 @@ from torch import Tensor
 from flowmo import FlowMo
 from flowmo.config import from_yaml
 from flowmo.data import ImageReadError, center_crop, load_image, resize_shorter, to_tensor, to_uint8
+from flowmo.engine import Schedule
 from flowmo.metrics import psnr
 from flowmo.quantizer import code_tokens
 from flowmo.reconstruct import SMALLEST_SIDE
@@ -284,12 +285,15 @@ def strip(frames: list[Frame]) -> Image.Image:
     return sheet
 
 
-def sampler_steps(checkpoint: str | os.PathLike[str] | None) -> int:
-    """Steps that the training run of a checkpoint sampled with, where its configuration lies beside it, else 25."""
-    if checkpoint is None:
-        return Settings.steps
-    path = Path(checkpoint)
-    for file in (path.with_suffix(".yaml"), path / "config.yaml", path.parent / "config.yaml"):
-        if file.is_file():
-            return from_yaml(file.read_text()).sampler.steps
-    return Settings.steps
+def usual(model: FlowMo, checkpoint: str | os.PathLike[str] | None) -> Settings:
+    """What a model is best tried with: a distilled one with its own sampler, another with the steps that its training
+    run drew pictures with, where the run's configuration lies beside the weights, else 25."""
+    own = model.sampler
+    if own != Schedule():
+        return Settings(own.steps, own.rho, own.guidance)
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        for file in (path.with_suffix(".yaml"), path / "config.yaml", path.parent / "config.yaml"):
+            if file.is_file():
+                return Settings(steps=from_yaml(file.read_text()).sampler.steps)
+    return Settings()

@@ -17,7 +17,7 @@ from flowmo import FlowMo, model_config
 from flowmo.__main__ import commands
 from flowmo.data import ImageReadError, heldout_photographs, to_tensor
 from flowmo.demo import command, main
-from flowmo.demo.work import SQUARE, WHOLE, Settings, Studio, draw_latents, draw_tokens, sampler_steps, strip
+from flowmo.demo.work import SQUARE, WHOLE, Settings, Studio, draw_latents, draw_tokens, strip, usual
 from flowmo.engine import Schedule
 from flowmo.metrics import psnr
 from flowmo.tiles import TileGrid, reconstruct_blended, reconstruct_tiled
@@ -204,11 +204,14 @@ def test_visitors_at_the_same_time_do_not_clash(studio, tmp_path):
         assert torch.equal(codes, alone[i % len(paths)])
 
 
-def test_steps_of_the_checkpoint(tmp_path):
-    assert sampler_steps(None) == sampler_steps("flowmo_lo.pth") == 25
+def test_what_a_model_is_tried_with(tmp_path):
+    model = FlowMo("tiny")
+    assert usual(model, None) == usual(model, "flowmo_lo.pth") == Settings(25, 4.0, 1.5)
     (tmp_path / "config.yaml").write_text("sampler:\n  steps: 6\n")
     (tmp_path / "model").mkdir()
-    assert sampler_steps(tmp_path) == sampler_steps(tmp_path / "model") == 6
+    assert usual(model, tmp_path) == usual(model, tmp_path / "model") == Settings(steps=6)
+    model.sampler = Schedule(4, 1.0, 1.0)  # as distillation leaves it
+    assert usual(model, tmp_path) == Settings(4, 1.0, 1.0)
 
 
 def test_the_command_is_listed_and_says_what_is_missing(monkeypatch):

@@ -16,7 +16,7 @@ pytest.importorskip("pdoc", reason="the API reference needs the extra `docs`")
 def test_reference(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "docs/api.py", str(tmp_path / "api")]
+    command = [sys.executable, "docs/api.py", str(tmp_path / "api"), "--no-source"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     for page, words in (
@@ -26,5 +26,5 @@ def test_reference(tmp_path):
     ):
         text = (tmp_path / "api" / page).read_text(encoding="utf-8")
         assert all(word in text for word in words), page
-        assert ":class:`" not in text.split("<body>")[0] and ":meth:`" not in text
+        assert ":class:`" not in text and ":meth:`" not in text
     assert (tmp_path / "api" / "index.html").is_file()

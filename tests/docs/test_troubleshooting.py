@@ -125,12 +125,12 @@ def port_taken(model: FlowMo, tmp: Path) -> None:
     page = pytest.importorskip("flowmo.demo.page", reason="needs the extra `demo`")
     import socket
 
-    from flowmo.demo.work import Studio
+    from flowmo.demo.work import Settings, Studio
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        page.serve(Studio(model), 2, [], "127.0.0.1", taken.getsockname()[1])
+        page.serve(Studio(model), Settings(), [], "127.0.0.1", taken.getsockname()[1])
 
 
 CAUSES: dict[str, Callable[[FlowMo, Path], object]] = {
