@@ -100,9 +100,11 @@ def verdicts(rows: list[Decoder], found: list[dict[str, Tensor]]) -> list[str]:
                 gain = found[i][name] - found[j][name]
                 if name.startswith("perceptual"):
                     gain = -gain
-                error = float(gain.std() / len(gain) ** 0.5)
-                word = "better" if gain.mean() > 0 else "WORSE"
-                parts.append(f"{name} {word} by {abs(float(gain.mean())):.3f} (+- {error:.3f})")
+                mean, error = float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
+                if abs(mean) < 5e-4:
+                    parts.append(f"{name} the same")
+                else:
+                    parts.append(f"{name} {'better' if mean > 0 else 'WORSE'} by {abs(mean):.3f} (+- {error:.3f})")
             lines.append(f"{student.name} against {describe(teacher)}: {', '.join(parts)}")
     return lines
 

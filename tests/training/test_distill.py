@@ -181,12 +181,12 @@ def test_the_target_is_the_guided_picture_of_the_same_noise(tmp_path, trained):
 
 
 def test_the_student_comes_nearer_to_its_teacher_and_says_how_it_decodes(tmp_path, trained):
-    more = ["trainer.steps=60", "heldout.every=60", "heldout.images=16", "sampler.steps=8"]
-    trainer = Trainer(parse(arguments(tmp_path / "run", trained, *more, "trainer.sample_every=60")))
+    more = ["trainer.steps=50", "heldout.every=50", "heldout.images=16", "trainer.sample_every=50", "sampler.steps=8"]
+    trainer = Trainer(parse(arguments(tmp_path / "run", trained, *more)))
     trainer.fit()
     start, end = read_curve(tmp_path / "run" / "heldout.jsonl")
-    for n in (1, 2):  # seeds 0 to 2 bring 5.2 dB and more in one step, 2.0 and more in two
-        assert end[f"teacher_{n}"] > start[f"teacher_{n}"] + 1
+    for n, gain in ((1, 3.0), (2, 0.8)):  # dB; seeds 0 to 2 bring 4.7 and more in one step, 1.3 and more in two
+        assert end[f"teacher_{n}"] > start[f"teacher_{n}"] + gain
     for folder in ("run", "run/model", "run/model/model.safetensors", "run/best"):
         student = FlowMo.from_pretrained(tmp_path / folder)
         assert student.sampler == Schedule(2, 1.0, 1.0)
@@ -198,7 +198,7 @@ def test_the_student_comes_nearer_to_its_teacher_and_says_how_it_decodes(tmp_pat
     assert not torch.equal(plain, student.reconstruct(images, steps=1, noise=noise))
     teacher = FlowMo.from_pretrained(tmp_path / "run" / "teacher")
     assert teacher.sampler == Schedule() and torch.equal(teacher.encode(images), student.encode(images))
-    assert (tmp_path / "run" / "samples" / "step_00000060.png").is_file()
+    assert (tmp_path / "run" / "samples" / "step_00000050.png").is_file()
 
 
 def test_files_of_other_samplers_are_refused(tmp_path, model):
@@ -235,22 +235,27 @@ def test_wrong_configurations_are_said(tmp_path, trained):
         Trainer(parse(arguments(tmp_path / "run", trained, "model.decoder_depth=3")))
 
 
-TRAIN = "import json, sys; from flowmo.train import main; main(json.loads(sys.argv[1]))"
+TRAIN = "import json, sys; from flowmo.train import main; [main(a) for a in json.loads(sys.argv[1])]"
 
 
-def test_two_processes_equal_one(tmp_path, trained):
+def test_two_processes_equal_one_replicated_or_sharded(tmp_path, trained):
     # With Adam's usual eps a gradient's sign decides, also where it is all rounding; with this one the step is smooth.
     more = ["trainer.steps=2", "trainer.save_every=2", "optim.eps=1e-2", "optim.schedule=constant"]
     Trainer(parse(arguments(tmp_path / "one", trained, *more, "trainer.accumulate=2"))).fit()
-    together(TRAIN, json.dumps(arguments(tmp_path / "two", trained, *more)))
-    one, two = (FlowMo.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    start = FlowMo.from_pretrained(trained).state_dict()
-    moved = {k: (one[k] - start[k]).abs().max() for k in one}
-    for key, value in one.items():
-        # Sums over processes instead of micro-batches: a rounding of the gradient, thousandths of a smooth step.
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-3 * float(moved[key]) + 1e-8)
-    a, b = (read_curve(tmp_path / name / "heldout.jsonl") for name in ("one", "two"))
-    assert a[0] == b[0] and a[-1]["teacher"] == pytest.approx(b[-1]["teacher"], abs=1e-3)
+    runs = [arguments(tmp_path / way, trained, *more, f"trainer.parallel={way}") for way in ("ddp", "fsdp")]
+    together(TRAIN, json.dumps(runs))
+    one, start = (FlowMo.from_pretrained(path).state_dict() for path in (tmp_path / "one", trained))
+    curve = read_curve(tmp_path / "one" / "heldout.jsonl")
+    for way in ("ddp", "fsdp"):
+        two = FlowMo.from_pretrained(tmp_path / way)
+        assert two.sampler == Schedule(2, 1.0, 1.0)
+        for key, value in two.state_dict().items():
+            # Sums over processes instead of micro-batches: a rounding of the gradient, thousandths of a smooth step.
+            # And of the weights themselves, in Adam's and the hold's product of two steps: four of 2^-23.
+            moved = float((one[key] - start[key]).abs().max())
+            torch.testing.assert_close(value, one[key], rtol=5e-7, atol=1e-3 * moved + 1e-8)
+        found = read_curve(tmp_path / way / "heldout.jsonl")
+        assert [line["teacher"] for line in found] == pytest.approx([line["teacher"] for line in curve], abs=1e-3)
 
 
 def test_psnr_to_the_teacher_is_that_of_their_pictures(tmp_path, trained):
