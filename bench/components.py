@@ -11,12 +11,13 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.model_cases import PROVIDERS, TASKS, Call, Setting, config, provide
+from bench.model_cases import TASKS, Call, Setting, config, provide, provider_name
 from bench.timing import ROOT, environment
 
 # Component and the parts of names that tell it, the first that fits.
@@ -36,24 +37,26 @@ def component(name: str) -> str:
     return next((c for c, words in COMPONENTS if any(w in lower for w in words)), "other")
 
 
-def times_of(call: Call, device: str, calls: int = 3) -> dict[str, float]:
-    """Milliseconds a call by component."""
-    for _ in range(2):
-        call()
+def times_of(calls: Sequence[Call], device: str, rounds: int = 5) -> list[dict[str, float]]:
+    """Milliseconds a call by component, largest first; the calls take turns, so that load hits all of them alike."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as recorded:
-        for _ in range(calls):
+    sums: list[dict[str, float]] = [defaultdict(float) for _ in calls]
+    for call in calls:
+        for _ in range(2):
             call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    sums: dict[str, float] = defaultdict(float)
-    for event in recorded.key_averages():
-        if device == "cuda" and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if us > 0:
-            sums[component(event.key)] += us / 1e3 / calls
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+    for _ in range(rounds):
+        for call, found in zip(calls, sums):
+            with profile(activities=activities) as recorded:
+                call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            for event in recorded.key_averages():
+                if device == "cuda" and event.device_type != torch.autograd.DeviceType.CUDA:
+                    continue
+                us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+                if us > 0:
+                    found[component(event.key)] += us / 1e3 / rounds
+    return [dict(sorted(found.items(), key=lambda item: -item[1])) for found in sums]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,23 +64,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "components.csv")
     parser.add_argument("--task", choices=TASKS, default="decode")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["published", "plan"])
+    parser.add_argument("--providers", nargs="+", type=provider_name, default=["published", "plan"])
     parser.add_argument("--model", default="lo" if on_card else "quickstart", help="name of a preset")
     parser.add_argument("--batch", type=int, default=8 if on_card else 1)
+    parser.add_argument("--note", default="", help="kept with every row: what else the machine did, for example")
     options = parser.parse_args(arguments)
     device = "cuda" if on_card else "cpu"
     fields = ["task", "model", "batch", "provider", "component", "ms", "percent"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    common = environment()
+    common = environment() | {"note": options.note}
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*fields, *common])
         writer.writeheader()
+        calls: dict[str, Call] = {}
         for provider in options.providers:
             call = provide(provider, options.task, Setting.make(config(options.model), options.batch, device), device)
             if call is None:
                 print(f"{provider} has no {options.task}")
-                continue
-            times = times_of(call, device)
+            else:
+                calls[provider] = call
+        for provider, times in zip(calls, times_of(list(calls.values()), device)):
             total = sum(times.values())
             print(f"{options.task} by {provider}, {options.model}, batch {options.batch} on {device}: {total:.1f} ms")
             for name, ms in times.items():

@@ -84,24 +84,39 @@ def machine(rows: Rows) -> str:
     return "; ".join(words)
 
 
+def machines(rows: Rows) -> list[str]:
+    return sorted({r["card"] for r in rows if r.get("card")})
+
+
+def on_which(rows: Rows) -> Callable[[dict[str, str]], str]:
+    """What to add to the label of a row: its machine, where the rows come from more than one."""
+    several = len(machines(rows)) > 1
+    return lambda row: f", {row['card']}" if several else ""
+
+
 def number(row: dict[str, str], column: str) -> float:
     return float(row[column])
 
 
 def plot_speedup(axes: Any, results: dict[str, Rows]) -> bool:
     rows = [r for r in results.get("model", []) if r["task"] == "decode" and r.get("speedup_published")]
+    where = on_which(rows)
     for r in rows:
-        axes.barh(f"{r['provider']}, batch {r['batch']}", number(r, "speedup_published"))
-    axes.set_xlabel(f"times as fast as the published execution ({rows[0]['card']})" if rows else "")
+        axes.barh(f"{r['model']}, {r['provider']}, batch {r['batch']}{where(r)}", number(r, "speedup_published"))
+    axes.set_xlabel(f"times as fast as the published execution ({', '.join(machines(rows))})")
     axes.invert_yaxis()
     return bool(rows)
 
 
 def plot_batches(axes: Any, results: dict[str, Rows]) -> bool:
     rows = [r for r in results.get("model", []) if r["task"] == "decode" and r["status"] == "ok"]
-    for provider in dict.fromkeys(r["provider"] for r in rows):
-        points = sorted((int(r["batch"]), 1e3 / number(r, "images_per_s")) for r in rows if r["provider"] == provider)
-        axes.plot(*zip(*points), marker="o", label=provider)
+    where = on_which(rows)
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for r in rows:
+        label = f"{r['model']}, {r['provider']}{where(r)}"
+        lines.setdefault(label, []).append((int(r["batch"]), 1e3 / number(r, "images_per_s")))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points)), marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch")
     axes.set_ylabel("decode, ms an image")
@@ -110,15 +125,17 @@ def plot_batches(axes: Any, results: dict[str, Rows]) -> bool:
 
 def plot_components(axes: Any, results: dict[str, Rows]) -> bool:
     rows = results.get("components", [])
+    where = on_which(rows)
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["component"] for r in rows))}
     ends: dict[str, float] = {}
     unlabelled = set(colours)
     for r in rows:
-        name, left = r["component"], ends.get(r["provider"], 0.0)
+        bar = f"{r['model']}, {r['provider']}, batch {r['batch']}{where(r)}"
+        name, left = r["component"], ends.get(bar, 0.0)
         label = name if name in unlabelled else None
-        axes.barh(r["provider"], number(r, "ms"), left=left, color=colours[name], label=label)
+        axes.barh(bar, number(r, "ms"), left=left, color=colours[name], label=label)
         unlabelled.discard(name)
-        ends[r["provider"]] = left + number(r, "ms")
+        ends[bar] = left + number(r, "ms")
     axes.set_xlabel("ms")
     return bool(rows)
 
@@ -200,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     parts = ["# Measured", "", "Rendered by `python -m bench.report` from the CSV files; nothing here is an estimate."]
     for name, rows in results.items():
         title, columns = TABLES[name]
-        parts += ["", f"## {title}", "", machine(rows), "", table(columns, rows)]
+        shown = columns if len(machines(rows)) < 2 else (*columns, "card")
+        parts += ["", f"## {title}", "", machine(rows), "", table(shown, rows)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plots = draw(results, options.out.parent)
     if plots:

@@ -37,7 +37,7 @@ def test_report_of_small_runs(tmp_path: Path) -> None:
         )
         == 0
     )
-    assert components.main([*words, "--out", str(results / "components.csv")]) == 0
+    assert components.main([*words, "--task", "forward", "--out", str(results / "components.csv")]) == 0
     (results / "ops.csv").write_text(
         "op,pass,shape,provider,status,gb_per_s,tflop_per_s,peak_copy_gb_per_s,peak_matmul_tflop_per_s,card\n"
         "lfq,forward,[1],ref,ok,100,0.5,1000,10,test row\nlfq,forward,[1],cuda,wrong,,,1000,10,test row\n"
@@ -57,6 +57,15 @@ def test_parts_of_a_table_are_joined(tmp_path: Path) -> None:
     for name, batch in (("model", 8), ("model-32", 32)):
         (tmp_path / f"{name}.csv").write_text(f"task,batch,provider,status\ndecode,{batch},plan+graph,ok\n")
     assert [row["batch"] for row in report.read(tmp_path)["model"]] == ["8", "32"]
+
+
+def test_rows_of_several_machines_say_which(tmp_path: Path) -> None:
+    row = "task,model,batch,provider,status,ms_p50,images_per_s,speedup_published,card\n"
+    for card in ("one", "two"):
+        (tmp_path / f"model-{card}.csv").write_text(f"{row}decode,tiny,8,plan,ok,2,4000,1.50,{card}\n")
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "REPORT.md")]) == 0
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "| 1.50 | one |" in text and "| 1.50 | two |" in text and "card one, two" in text
 
 
 def test_no_results_is_said(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
