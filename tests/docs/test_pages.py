@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowmo import FlowMo
 from flowmo.config import known_keys, parse
+from flowmo.generator.network import Generator
 from flowmo.training.flops import step_flops
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
@@ -152,6 +154,19 @@ def test_costs_are_those_of_the_code():
         total = whole * step_flops(config, False) + (config.trainer.steps - whole) * step_flops(config, True)
         digits = len(operations.partition(".")[2])
         assert round(total / 1e21, digits) == float(operations), run
+
+
+def test_sizes_in_the_readme_are_those_of_the_models():
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|([^|]*)\|([^|]*)\| ([\d,]{7,}) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {"lo", "hi", "small", "continuous", "quickstart", "tiny"} <= {name for name, *_ in rows}
+    for name, tokens, rate, parameters in rows:
+        config = parse([name])
+        with torch.device("meta"):
+            model = Generator(config.generator.network) if config.stage == "maskgit" else FlowMo(config.model)
+        assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(",", "")), name
+        if config.stage == "pretrain" and config.model.discrete:
+            assert tokens.strip() == f"{config.model.tokens} x {config.model.entropy_bits}", name
+            assert rate.strip() == f"{config.model.bits_per_pixel:.4f}", name
 
 
 def test_links_lead_somewhere():
