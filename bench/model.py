@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -187,6 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
 
     def keep(new: list[Row]) -> None:
+        if not on_card:  # a CPU is rarely alone
+            load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors after the row"
+            common["note"] = f"{options.note}; {load}" if options.note else load
         rows.extend(row | common for row in new)
         speedups(rows)
         with options.out.open("w", newline="") as file:

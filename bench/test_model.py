@@ -114,7 +114,7 @@ def test_providers_in_turns(tmp_path) -> None:  # type: ignore[no-untyped-def]
         rows = {r["provider"]: r for r in csv.DictReader(file)}
     assert list(rows) == ["published", *plans[: 5 if ON_CARD else 4]]
     for r in rows.values():
-        assert float(r["ms_min"]) <= float(r["ms_p50"]) and r["note"] == "a test"
+        assert float(r["ms_min"]) <= float(r["ms_p50"]) and r["note"].startswith("a test")
         ratio = float(rows["published"]["ms_p50"]) / float(r["ms_p50"])
         assert float(r["speedup_published"]) == pytest.approx(ratio, abs=0.006)
     # Work that is left out is not counted, and what changes the picture says how much.
