@@ -42,7 +42,7 @@ FIELDS = [
     "task", "model", "batch", "provider", "dtype", "status", "ms_min", "ms_p20", "ms_p50", "ms_p80", "images_per_s",
     "forwards", "tflop_per_s", "gb_per_s", "percent_of_roofline", "speedup_published", "speedup_published_bf16",
     "psnr_to_exact", "peak_gib", "peak_copy_gb_per_s", "peak_matmul_tflop_per_s", "card", "driver", "torch", "cuda",
-    "triton", "commit", "note",
+    "triton", "commit", "load", "note",
 ]  # fmt: skip
 
 
@@ -189,8 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def keep(new: list[Row]) -> None:
         if not on_card:  # a CPU is rarely alone
-            load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors after the row"
-            common["note"] = f"{options.note}; {load}" if options.note else load
+            common["load"] = f"{os.getloadavg()[0]:.1f} of {os.cpu_count()}"
         rows.extend(row | common for row in new)
         speedups(rows)
         with options.out.open("w", newline="") as file:

@@ -26,7 +26,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Model: block, forward, decode, encode, training step",
         ("task", "model", "batch", "provider", "dtype", "status", "ms_min", "ms_p20", "ms_p50", "ms_p80",
          "images_per_s", "forwards", "tflop_per_s", "gb_per_s", "percent_of_roofline", "speedup_published",
-         "speedup_published_bf16", "psnr_to_exact", "peak_gib"),
+         "speedup_published_bf16", "psnr_to_exact", "peak_gib", "load"),
     ),
     "first": (
         "Attention and matrix products",
