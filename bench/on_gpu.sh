@@ -153,11 +153,11 @@ fi
 if wanted first; then
     step first 120 "$PYTHON" -m bench.first --out "$RESULTS/first.csv"
 fi
-# measure NAME LIMIT SECONDS ARGUMENTS...: rows of bench/model.py into NAME.csv, about so many seconds a row.
 LO=lo HI=hi SMALL=small THIRTY_TWO=32
 if [[ $REHEARSE == 1 ]]; then
     LO=tiny HI=tiny SMALL=tiny THIRTY_TWO=3
 fi
+# measure NAME LIMIT SECONDS ARGUMENTS...: rows of bench/model.py into NAME.csv, about so many seconds a row.
 measure() {
     local name=$1 limit=$2 seconds=$3
     shift 3
@@ -174,11 +174,10 @@ else
     OPTIONS="$OPTIONS $FP8 plan+graph+fp8+attention8 plan+graph+fp8+tail6"
 fi
 # Plans first: they compile in seconds, the published execution in a minute or two.
-# shellcheck disable=SC2086
 if wanted model; then
-    measure model 420 1 --model $LO --tasks decode --batch 8 1 --providers plan+graph $BASELINES plan+graph+overlap plan
+    measure model 420 1 --model $LO --tasks decode --batch 8 1 \
+        --providers plan+graph published plan+graph+overlap plan published+bf16
 fi
-# shellcheck disable=SC2086
 if wanted model-32; then
     measure model-32 150 1 --model $LO --tasks decode --batch $THIRTY_TWO --providers plan+graph published
 fi
