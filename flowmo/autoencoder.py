@@ -102,9 +102,13 @@ class FlowMo(nn.Module):
         zeros = patches.new_zeros(patches.shape[0], self.config.latent_tokens, self.config.latent_channels)
         return self.encoder(patches, zeros)
 
-    def quantize(self, latent: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Quantized:
-        """See :func:`flowmo.quantizer.quantize`; the options are of quantizer kl."""
-        return quantize(latent, self.config, sample, generator)
+    def quantize(
+        self,
+        latent: Tensor,  # [B, T, C], or [B, T, 2 C] of quantizer kl
+        noise: Tensor | None = None,  # [B, T, C], of quantizer kl
+    ) -> Quantized:
+        """See :func:`flowmo.quantizer.quantize`."""
+        return quantize(latent, self.config, noise)
 
     def condition(
         self,

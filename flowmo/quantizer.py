@@ -52,14 +52,13 @@ class Quantized(NamedTuple):
 def quantize(
     latent: Tensor,  # [B, T, C], encoder output; [B, T, 2 C] for kl: means, then log-variances
     config: ModelConfig,
-    sample: bool = False,
-    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,  # [B, T, C], standard normal, of kl
 ) -> Quantized:
     """The code of a latent, with tokens and losses.
 
     lfq: the sign of every channel (paper, eq. 2). fsq: every channel bounded by a hyperbolic tangent and rounded to
-    one of its levels (Mentzer et al. 2023). kl: the mean of a Gaussian, or with `sample` a draw from it by
-    `generator`, differentiable in mean and variance. none: each latent token normalized (paper, Table 3).
+    one of its levels (Mentzer et al. 2023). kl: the mean of a Gaussian, or with `noise` the number that lies so many
+    deviations from it, differentiable in mean and variance. none: each latent token normalized (paper, Table 3).
     """
     if config.quantizer == "lfq":
         return Quantized(*lfq(latent, config.entropy_bits))
@@ -71,8 +70,7 @@ def quantize(
         mean, log_variance = latent.float().chunk(2, dim=-1)
         log_variance = log_variance.clamp(*LOG_VARIANCE)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        if sample:
-            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        if noise is not None:
             mean = mean + (0.5 * log_variance).exp() * noise
         return Quantized(mean.to(latent.dtype), None, kl=kl)
     return Quantized(norm_modulate(latent), None)
@@ -82,7 +80,7 @@ def codes_of_latent(
     latent: Tensor,  # as for quantize
     config: ModelConfig,
 ) -> Tensor:  # [B, T, C]
-    """The codes of :func:`quantize` without sampling, and nothing else."""
+    """The codes of :func:`quantize` without noise, and nothing else."""
     if config.quantizer == "lfq":
         return torch.where(latent > 0, 1.0, -1.0).to(latent.dtype)
     if config.quantizer == "fsq":

@@ -61,22 +61,33 @@ def draw(
     return Draws(t, z, keep)
 
 
+class CodeNoise(NamedTuple):
+    """The random numbers of a code; None where it takes none."""
+
+    draw: Tensor | None  # [B, T, C], standard normal: where in its Gaussian a kl code lies
+    level: Tensor | None  # [B] in [0, 1], of noise sync
+    noise: Tensor | None  # [B, T, C], standard normal, of noise sync
+
+
+@torch.compiler.disable  # as above
+def draw_code_noise(
+    model: ModelConfig,
+    t: Tensor,  # [B] noise levels of the pictures
+    loss: LossConfig,
+    generator: torch.Generator | None,
+) -> CodeNoise:
+    shape = len(t), model.latent_tokens, model.latent_channels
+    draw = torch.randn(shape, generator=generator, device=t.device) if model.quantizer == "kl" else None
+    if not loss.noise_sync:
+        return CodeNoise(draw, None, None)
+    share, chosen = torch.rand(2, len(t), generator=generator, device=t.device)
+    level = torch.where(chosen < loss.noise_sync, share * t, 0.0)
+    return CodeNoise(draw, level, torch.randn(shape, generator=generator, device=t.device))
+
+
 def flow_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error to the target velocity, noise minus data (paper, eq. 5), in fp32."""
     return (velocity.float() - (noise.float() - data.float())).square().mean()
-
-
-def noise_synced(
-    codes: Tensor,  # [B, T, C]
-    t: Tensor,  # [B] noise levels of the pictures
-    probability: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # [B, T, C]
-    """Some samples' codes mixed with noise of a level uniform from 0 to their picture's."""
-    s, chosen = torch.rand(2, len(t), generator=generator, device=t.device)
-    s = torch.where(chosen < probability, s * t, 0.0)[:, None, None].to(codes.dtype)
-    noise = torch.randn(codes.shape, generator=generator, device=codes.device).to(codes.dtype)
-    return (1 - s) * codes + s * noise
 
 
 def pretrain_loss(
@@ -104,10 +115,11 @@ def pretrain_loss(
     """
     c = model.config
     t, z, keep = draw(c, len(images), loss, noise, generator, images.device)
+    noised = draw_code_noise(c, t, loss, generator)
     data = patchify(images, c.patch)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
         latent = model.latent(images)
-        quantized = model.quantize(latent, sample=True, generator=generator)
+        quantized = model.quantize(latent, noised.draw)
         if loss.codebook_entropy == "world" and quantized.codebook_entropy is not None:
             of_all = model.quantize(gather_rows(latent))
             quantized = quantized._replace(codebook_entropy=of_all.codebook_entropy)
@@ -117,8 +129,9 @@ def pretrain_loss(
     level = t[:, None, None]
     x_t = level * z + (1 - level) * data
     codes = quantized.codes
-    if loss.noise_sync:
-        codes = noise_synced(codes, t, loss.noise_sync, generator)
+    if noised.level is not None and noised.noise is not None:
+        s = noised.level[:, None, None]
+        codes = (1 - s) * codes + s * noised.noise
     velocity = model.velocity(x_t, t, model.condition(codes, keep))
     flow = flow_loss(velocity, data, z)
     total = flow + quantized.loss(loss)

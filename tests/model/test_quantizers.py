@@ -119,9 +119,8 @@ def test_kl_is_the_divergence_and_samples_have_mean_and_variance():
     expected = torch.distributions.kl_divergence(normal(mean, (0.5 * log_variance).exp()), normal(0.0, 1.0)).mean()
     torch.testing.assert_close(out.kl, expected)
     torch.testing.assert_close(torch.as_tensor(out.loss(LossConfig(kl=3.0))), 3 * expected)
-    drawn = quantize(latent, config, sample=True, generator=torch.Generator().manual_seed(0)).codes[0]
-    again = quantize(latent, config, sample=True, generator=torch.Generator().manual_seed(0)).codes[0]
-    assert torch.equal(drawn, again)
+    noise = torch.randn(1, 50_000, 2, generator=torch.Generator().manual_seed(0))
+    drawn = quantize(latent, config, noise).codes[0]
     deviation = (0.5 * log_variance[0, 0]).exp()
     # five standard errors of a mean and of a deviation of 50,000 draws
     error = 5 * deviation / 50_000**0.5
@@ -132,13 +131,24 @@ def test_kl_is_the_divergence_and_samples_have_mean_and_variance():
 def test_kl_sample_is_differentiable_in_mean_and_variance():
     latent = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     config = model_config("tiny", quantizer="kl", latent_channels=2)
-    quantize(latent, config, sample=True, generator=torch.Generator().manual_seed(1)).codes.sum().backward()
-    noise = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(1)).double()
+    noise = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(1))
+    quantize(latent, config, noise).codes.sum().backward()
     assert torch.equal(latent.grad[..., :2], torch.ones(1, 3, 2).double())
-    expected = 0.5 * noise * (0.5 * latent.detach()[..., 2:]).exp()
+    expected = 0.5 * noise.double() * (0.5 * latent.detach()[..., 2:]).exp()
     torch.testing.assert_close(latent.grad[..., 2:], expected, rtol=1e-5, atol=1e-6)  # the arithmetic is fp32
     huge = torch.full((1, 1, 4), 1e4)  # a diverged variance stays finite
-    assert bool(quantize(huge, config, sample=True).codes.isfinite().all())
+    assert bool(quantize(huge, config, torch.ones(1, 1, 2)).codes.isfinite().all())
+
+
+@pytest.mark.parametrize("quantizer", SMALL)
+def test_no_value_is_read_on_the_way(quantizer):
+    """What CUDA graphs ask for: the meta device has no values to read."""
+    config = model_config("tiny", quantizer=quantizer, **SMALL[quantizer])
+    channels = config.latent_channels * (2 if quantizer == "kl" else 1)
+    latent = torch.zeros(2, 16, channels, device="meta", requires_grad=True)
+    noise = torch.zeros(2, 16, config.latent_channels, device="meta")
+    quantize(latent, config, noise).codes.sum().backward()
+    assert latent.grad.device.type == codes_of_latent(latent, config).device.type == "meta"
 
 
 # Models.

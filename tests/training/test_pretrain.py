@@ -12,7 +12,7 @@ from flowmo.config import LossConfig, NoiseConfig, OptimConfig
 from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_perceptual
 from flowmo.training.optim import AdamHoldEMA, is_held, learning_rate
-from flowmo.training.pretrain import flow_loss, noise_synced, pretrain_loss, sample_noise_levels
+from flowmo.training.pretrain import draw_code_noise, flow_loss, pretrain_loss, sample_noise_levels
 from tests.model import golden
 
 N = 200_000
@@ -98,21 +98,36 @@ def test_condition_dropout_zeroes_code_and_flag(model, images, monkeypatch):
 
 
 def test_noise_sync_is_never_noisier_than_the_picture():
-    n, c = 20_000, 1000.0
+    n = 20_000
+    config = model_config("tiny", quantizer="none", latent_channels=4)
     t = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    noised = noise_synced(torch.full((n, 1, 4), c), t, 0.25, torch.Generator().manual_seed(1))
-    s = 1 - noised.mean((1, 2)) / c  # up to a noise of s / (1000 sqrt(4)), thus 0.003 in five deviations
-    assert float((s - t).max()) < 0.003
-    chosen = (noised != c).any(-1).any(-1)
+    drawn = draw_code_noise(config, t, LossConfig(noise_sync=0.25), torch.Generator().manual_seed(1))
+    assert drawn.draw is None and drawn.noise.shape == (n, 16, 4)
+    assert bool((drawn.level <= t).all()) and bool((drawn.level >= 0).all())
+    chosen = drawn.level > 0
     assert float(chosen.float().mean()) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / n))
-    # uniform on [0, t]: s / t has mean 1/2 and deviation sqrt(1/12)
-    share = (s / t)[chosen & (t > 0.1)]
-    assert float(share.mean()) == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(share)) + 0.001)
-    # c' = (1 - s) c + s e with e standard normal: of a code of zeros, deviation s
-    zeros = noise_synced(torch.zeros(n, 1, 64), torch.full((n,), 0.8), 1.0, torch.Generator().manual_seed(2))
-    deviation = zeros.std((1, 2))
-    assert float(deviation.mean()) == pytest.approx(0.4, abs=0.01)
-    assert float(deviation.max()) < 0.8 * (1 + 5 / math.sqrt(2 * 63))
+    share = (drawn.level / t)[chosen]  # uniform on [0, 1]: mean 1/2 and deviation sqrt(1/12)
+    assert float(share.mean()) == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(share)))
+    assert float(share.square().mean()) == pytest.approx(1 / 3, abs=4 * math.sqrt(4 / 45 / len(share)))
+    assert float(drawn.noise.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * drawn.noise.numel()))
+    none = draw_code_noise(config, t, LossConfig(), torch.Generator().manual_seed(1))
+    assert none == (None, None, None)
+
+
+def test_noise_sync_mixes_code_and_noise(images, monkeypatch):
+    model = FlowMo(model_config("tiny", quantizer="none", latent_channels=16))
+    golden.fill(model.named_parameters())
+    seen = []
+    velocity = model.velocity
+    monkeypatch.setattr(model, "velocity", lambda x, t, c: (seen.append((t, c[..., :-1])), velocity(x, t, c))[1])
+    losses(model, images, condition_dropout=0.0, noise_sync=1.0)
+    (t, mixed), codes = seen[0], model.encode(images, plan=False)
+    # (1 - s) c + s e, c of mean square one over the channels and e independent of it: least squares for s in
+    # mixed - c = s (e - c) has an error of the order of 1 / sqrt(16 x 16)
+    s = 1 - (mixed * codes).mean((1, 2)) / codes.square().mean((1, 2))
+    assert bool((s < t + 5 / 16).all())
+    rest = (mixed - (1 - s[:, None, None]) * codes).std((1, 2))
+    torch.testing.assert_close(rest, s, rtol=0.25, atol=0.02)
 
 
 def test_noise_sync_reaches_the_decoder_alone(images):
@@ -132,7 +147,7 @@ def test_codes_of_kl_are_draws_in_training_alone(images, monkeypatch):
     monkeypatch.setattr(model, "velocity", lambda x, t, c: (seen.append(c[..., :-1]), velocity(x, t, c))[1])
     losses(model, images, condition_dropout=0.0)
     mean, log_variance = model.latent(images).detach().chunk(2, -1)
-    deviations = (seen[0] - mean) / (0.5 * log_variance).exp()
+    deviations = (seen[0].detach() - mean) / (0.5 * log_variance).exp()
     # standard normal: five standard errors of its mean and of its deviation
     assert abs(float(deviations.mean())) < 5 / deviations.numel() ** 0.5
     assert abs(float(deviations.std()) - 1) < 5 / (2 * deviations.numel()) ** 0.5
