@@ -5,7 +5,7 @@
     python -m flowmo.train small data.path=IMAGES loss.perceptual=none trainer.accumulate=2
     python -m flowmo.train small data.path=IMAGES model.quantizer=fsq model.latent_channels=6 run=runs/fsq ...
     python -m flowmo.train lo stage=posttrain init=runs/lo data.path=IMAGES posttrain.resnet_weights=RESNET50.pth
-    python -m flowmo.train lo stage=distill init=runs/lo-posttrain data.path=IMAGES posttrain.resnet_weights=RESNET50.pth
+    python -m flowmo.train lo stage=distill init=runs/post data.path=IMAGES posttrain.resnet_weights=RESNET50.pth
     python -m flowmo.train maskgit data.tokens=TOKENS         Stage 2: the generator, on a cache of flowmo.tokenize
     torchrun --nproc-per-node 8 -m flowmo.train lo data.path=ILSVRC2012_img_train.tar data.index=index.json ...
     python -m flowmo.train lo --dry-run                       print the resolved configuration and stop
