@@ -155,12 +155,16 @@ def decibels(text: str) -> float:
     return float(found[1])
 
 
-@pytest.fixture(scope="module")
-def visitor(server, browser) -> Visitor:
-    return Visitor(browser, server[0])
+def test_the_page(server, browser, tmp_path):
+    """One test, so that several test processes do not start several servers."""
+    address, log, _ = server
+    visitor = Visitor(browser, address)
+    one_visit(visitor, tmp_path)
+    two_visitors_get_their_own_pictures(visitor, browser)
+    nothing_left_the_machine(visitor, log)
 
 
-def test_a_visit(visitor, tmp_path):
+def one_visit(visitor: Visitor, tmp_path: Path) -> None:
     """A mistake, an example, a run; other settings, another run; the steps; then only one setting."""
     page = visitor.page
     page.locator("#run").click()
@@ -223,7 +227,7 @@ def test_a_visit(visitor, tmp_path):
     assert visitor.text("figures-b").strip() == ""
 
 
-def test_two_visitors_get_their_own_pictures(visitor, browser):
+def two_visitors_get_their_own_pictures(visitor: Visitor, browser: Any) -> None:
     other = Visitor(browser, visitor.address)
     visits = ((visitor, "china"), (other, "rocket"))
     for someone, name in visits:
@@ -239,12 +243,11 @@ def test_two_visitors_get_their_own_pictures(visitor, browser):
     other.page.close()
 
 
-def test_nothing_left_the_machine(visitor, server):
-    address, log, _ = server
-    outside = [url for url in visitor.requests if not url.startswith((address, "data:", "blob:"))]
+def nothing_left_the_machine(visitor: Visitor, log: Path) -> None:
+    outside = [url for url in visitor.requests if not url.startswith((visitor.address, "data:", "blob:"))]
     assert len(visitor.requests) > 20 and not outside
     assert "LEFT FOR" not in log.read_text() and "LOOKED UP" not in log.read_text(), log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()
     assert not [fault for fault in visitor.faults], visitor.faults
-    policy = urllib.request.urlopen(address).headers["content-security-policy"]
+    policy = urllib.request.urlopen(visitor.address).headers["content-security-policy"]
     assert policy.startswith("default-src 'self';")
