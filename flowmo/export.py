@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from flowmo import FlowMo, cli
+from flowmo.engine import Schedule
 from flowmo.pretrained import save_file_with_config, save_released
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +41,10 @@ def main(arguments: list[str]) -> int:
                 "take it for another; write a .safetensors file or a folder"
             )
         save_released(model.state_dict(), out)
+        if model.sampler != Schedule():
+            s = model.sampler
+            own = f"--steps {s.steps} --rho {s.rho:g} --guidance {s.guidance:g}"
+            print(f"the released layout has no place for this decoder's own sampler: decode it with {own}")
     elif not out.suffix:
         model.save_pretrained(out)
     else:
