@@ -18,7 +18,7 @@ def test_component_names() -> None:
         "nvjet_hsh_256x144_TNT": "linear layers",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "attention",
         "qk_norm_rope_kernel": "query-key norm and rotation",
-        "gate_residual_kernel": "norm, modulation, residual",
+        "norm_residual_kernel": "norm, modulation, residual",
         "step_boundary_kernel": "sampler",
         "aten::gelu": "GELU",
         "Memcpy DtoD": "copies and joins",

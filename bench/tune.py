@@ -49,13 +49,13 @@ def grid(**fields: list[Any]) -> list[dict[str, Any]]:
 
 
 SWEEPS = [
-    Sweep("norm_modulate", "row_launch", "norm_modulate/forward",
+    Sweep("norm_residual_triton", "row_launch", "norm_modulate/forward",
           grid(rows=[1, 2, 4], iters=[1, 2, 4], num_warps=[1, 2, 4, 8])),
-    Sweep("norm_modulate", "row_launch", "norm_modulate/backward",
+    Sweep("norm_residual_triton", "row_launch", "norm_modulate/backward",
           grid(rows=[1, 2], iters=[8, 16, 32, 64], num_warps=[2, 4, 8])),
-    Sweep("gate_residual_triton", "row_launch", "gate_residual_norm_modulate/forward",
+    Sweep("norm_residual_triton", "row_launch", "gate_residual_norm_modulate/forward",
           grid(rows=[1, 2, 4], iters=[1, 2, 4], num_warps=[1, 2, 4, 8])),
-    Sweep("gate_residual_triton", "row_launch", "gate_residual_norm_modulate/backward",
+    Sweep("norm_residual_triton", "row_launch", "gate_residual_norm_modulate/backward",
           grid(rows=[1, 2], iters=[8, 16, 32, 64], num_warps=[2, 4, 8])),
     Sweep("qk_norm_rope", "_launch", "qk_norm_rope/in place",
           grid(rows=[4, 8, 16, 32], iters=[1, 2], num_warps=[2, 4, 8])),

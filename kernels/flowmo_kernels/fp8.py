@@ -21,8 +21,8 @@ from ._dispatch import KernelUnavailableError, asked, chosen, constant_result, w
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import Signature
 from .gate_residual import check_gate_residual, gate_residual_ref
-from .gate_residual_triton import forward, forward_signatures
 from .norm_modulate import check_norm_modulate, norm_modulate_ref
+from .norm_residual_triton import forward, forward_signatures
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

@@ -20,7 +20,6 @@ from torch import Tensor
 from ._dispatch import chosen
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import Signature
-from .gate_residual_triton import backward, backward_signatures, forward, forward_signatures
 from .norm_modulate import (
     apply_by_stream,
     check_modulation,
@@ -28,6 +27,7 @@ from .norm_modulate import (
     compute_dtype,
     norm_modulate_ref,
 )
+from .norm_residual_triton import backward, backward_signatures, forward, forward_signatures
 
 
 def check_gate_residual(x: Tensor, branch: Tensor, gate: Tensor | None, split: int) -> None:
@@ -107,7 +107,7 @@ def _plain_backward(
         grads: tuple[Tensor, Tensor] = _cuda.gate_residual_backward(dx_new, branch, gate, split)
         return grads
     dbranch, dgate = _plain_backward_fake(dx_new, branch, gate, split, impl)
-    backward(dx_new, None, None, branch, gate, None, dbranch, dbranch, (dgate,), split, 0.0)
+    backward(dx_new, None, branch, branch, gate, None, dbranch, dbranch, (dgate,), split, 0.0)
     return dbranch, dgate
 
 
@@ -303,5 +303,5 @@ def aot_signatures() -> list[Signature]:
         "gate_residual_norm_modulate plain": {"GATED": False, "NORM": True, "MODULATED": False},
     }.items():
         found += forward_signatures(name, RESIDUAL=True, **flags)
-        found += backward_signatures(f"{name} backward", **flags)
+        found += backward_signatures(f"{name} backward", RESIDUAL=True, **flags)
     return found

@@ -18,23 +18,8 @@ from torch import Tensor
 
 from ._dispatch import chosen
 from ._library import register, rows_contiguous, wants_grad
-from ._rows import (
-    Signature,
-    load_rows,
-    load_vector,
-    n_tiles,
-    normalise,
-    normalise_backward,
-    row_launch,
-    row_signatures,
-    store_rows,
-    store_vector,
-    sum_tiles,
-    sum_tiles_signatures,
-    tile_rows,
-    vector_strides,
-)
-from ._triton import cast, cdiv, jit, tl
+from ._rows import Signature, sum_tiles_signatures
+from .norm_residual_triton import backward, backward_signatures, forward, forward_signatures
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -95,100 +80,6 @@ def norm_modulate_ref(
     return n.to(x.dtype)
 
 
-@jit
-def norm_modulate_kernel(
-    p_x,  # [B, L, D]
-    p_shift,  # [B, S, D]
-    p_scale,  # [B, S, D]
-    p_y,  # [B, L, D] contiguous
-    length,
-    split,
-    stride_xb,
-    stride_xl,
-    stride_hb,
-    stride_hs,
-    stride_cb,
-    stride_cs,
-    eps,
-    D: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITERS: tl.constexpr,
-    MODULATED: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
-    if MODULATED:
-        b_shift_hi, b_shift_lo = load_vector(p_shift + i_b * stride_hb + stream * stride_hs, D, HI, LO)
-        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
-    for j in range(ITERS):
-        o_row = start + j * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < end
-        b_hi, b_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
-        b_hi, b_lo, _ = normalise(b_hi, b_lo, eps, D, HI, LO)
-        if MODULATED:
-            b_hi = b_hi * (1.0 + b_scale_hi) + b_shift_hi
-            b_lo = b_lo * (1.0 + b_scale_lo) + b_shift_lo
-        dtype: tl.constexpr = p_y.dtype.element_ty
-        store_rows(p_y + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
-
-
-@jit
-def norm_modulate_backward_kernel(
-    p_dy,  # [B, L, D]
-    p_x,  # [B, L, D]
-    p_scale,  # [B, S, D]
-    p_dx,  # [B, L, D] contiguous
-    p_part,  # [B, tiles, 2, D] fp32: partial dshift, dscale
-    length,
-    split,
-    stride_dyb,
-    stride_dyl,
-    stride_xb,
-    stride_xl,
-    stride_cb,
-    stride_cs,
-    eps,
-    D: tl.constexpr,
-    HI: tl.constexpr,
-    LO: tl.constexpr,
-    ROWS: tl.constexpr,
-    ITERS: tl.constexpr,
-    MODULATED: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
-    if MODULATED:
-        b_scale_hi, b_scale_lo = load_vector(p_scale + i_b * stride_cb + stream * stride_cs, D, HI, LO)
-        b_dshift_hi = tl.zeros([HI], tl.float32)
-        b_dshift_lo = tl.zeros([LO], tl.float32)
-        b_dscale_hi = tl.zeros([HI], tl.float32)
-        b_dscale_lo = tl.zeros([LO], tl.float32)
-    for j in range(ITERS):
-        o_row = start + j * ROWS + tl.arange(0, ROWS)
-        m_row = o_row < end
-        b_n_hi, b_n_lo = load_rows(p_x + i_b * stride_xb, stride_xl, o_row, m_row, D, HI, LO)
-        b_g_hi, b_g_lo = load_rows(p_dy + i_b * stride_dyb, stride_dyl, o_row, m_row, D, HI, LO)
-        b_n_hi, b_n_lo, b_rstd = normalise(b_n_hi, b_n_lo, eps, D, HI, LO)
-        if MODULATED:
-            b_dshift_hi += tl.sum(b_g_hi, 0)
-            b_dshift_lo += tl.sum(b_g_lo, 0)
-            b_dscale_hi += tl.sum(b_g_hi * b_n_hi, 0)
-            b_dscale_lo += tl.sum(b_g_lo * b_n_lo, 0)
-            b_g_hi *= 1.0 + b_scale_hi
-            b_g_lo *= 1.0 + b_scale_lo
-        b_hi, b_lo = normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D)
-        dtype: tl.constexpr = p_dx.dtype.element_ty
-        store_rows(p_dx + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
-    if MODULATED:
-        p_out = p_part + (i_b * tl.num_programs(0) + i) * 2 * D
-        store_vector(p_out, b_dshift_hi, b_dshift_lo, D, HI, LO)
-        store_vector(p_out + D, b_dscale_hi, b_dscale_lo, D, HI, LO)
-
-
 def _forward(x: Tensor, shift: Tensor | None, scale: Tensor | None, split: int, eps: float, impl: str) -> Tensor:
     x = rows_contiguous(x)
     shift = None if shift is None else rows_contiguous(shift)
@@ -198,16 +89,8 @@ def _forward(x: Tensor, shift: Tensor | None, scale: Tensor | None, split: int, 
 
         y: Tensor = _cuda.norm_modulate(x, shift, scale, split, eps)
         return y
-    b, length, d = x.shape
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    if y.numel():
-        launch = row_launch(d, b * length, reduces=False)
-        norm_modulate_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
-            x, x if shift is None else shift, x if scale is None else scale, y,
-            length, split, x.stride(0), x.stride(1), *vector_strides(shift), *vector_strides(scale), eps,
-            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters, MODULATED=scale is not None,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+    forward(x, None, None, shift, scale, None, y, None, split, eps)
     return y
 
 
@@ -227,20 +110,8 @@ def _backward(
 
         grads: tuple[Tensor, Tensor, Tensor] = _cuda.norm_modulate_backward(dy, x, scale, split, eps)
         return grads
-    b, length, d = x.shape
     dx, dshift, dscale = _backward_fake(dy, x, scale, split, eps, impl)
-    launch = row_launch(d, b * length, reduces=True)
-    tiles = n_tiles(length, split, launch.rows * launch.iters)
-    partial = torch.empty(b, tiles, 2, d if scale is not None else 0, device=x.device, dtype=torch.float32)
-    if dx.numel():
-        norm_modulate_backward_kernel[(tiles, b)](
-            dy, x, x if scale is None else scale, dx, partial,
-            length, split, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), *vector_strides(scale), eps,
-            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters, MODULATED=scale is not None,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
-    if scale is not None:
-        sum_tiles(partial, (dshift, dscale), cdiv(split, launch.rows * launch.iters))
+    backward(None, dy, x, None, None, scale, dx, dx, () if scale is None else (dshift, dscale), split, eps)
     return dx, dshift, dscale
 
 
@@ -316,10 +187,8 @@ def norm_modulate(
 
 def aot_signatures() -> list[Signature]:
     """Every kernel of this file at the real shapes, for compilation ahead of time."""
-    return [
-        *row_signatures("norm_modulate", norm_modulate_kernel, False, MODULATED=True),
-        *row_signatures("norm_modulate plain", norm_modulate_kernel, False, MODULATED=False),
-        *row_signatures("norm_modulate backward", norm_modulate_backward_kernel, True, MODULATED=True),
-        *row_signatures("norm_modulate backward plain", norm_modulate_backward_kernel, True, MODULATED=False),
-        *sum_tiles_signatures(),
-    ]
+    found = sum_tiles_signatures()
+    for name, modulated in (("norm_modulate", True), ("norm_modulate plain", False)):
+        found += forward_signatures(name, MODULATED=modulated)
+        found += backward_signatures(f"{name} backward", MODULATED=modulated)
+    return found

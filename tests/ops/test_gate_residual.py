@@ -81,7 +81,7 @@ def test_inputs_of_several_dtypes(implementation: str, device: str) -> None:
 
 def test_several_rows_to_a_program(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     launch = _rows.RowLaunch(hi=16, lo=8, rows=2, iters=3, num_warps=1)
-    module = import_module("flowmo_kernels.gate_residual_triton")
+    module = import_module("flowmo_kernels.norm_residual_triton")
     monkeypatch.setattr(module, "row_launch", lambda *_, **__: launch)
     run((2, 17, 23, 8), "gate, two streams", torch.float32, "triton", device=device)
 

@@ -67,7 +67,7 @@ def test_modulation_of_another_dtype(implementation: str, device: str) -> None:
 def test_several_rows_to_a_program(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Tiles of 2 rows, 3 times over, so that programs loop, end early, and meet at the split."""
     launch = _rows.RowLaunch(hi=16, lo=8, rows=2, iters=3, num_warps=1)
-    module = import_module("flowmo_kernels.norm_modulate")
+    module = import_module("flowmo_kernels.norm_residual_triton")
     monkeypatch.setattr(module, "row_launch", lambda *_, **__: launch)
     run((2, 17, 23, 8), "two", torch.float32, "triton", device=device)
 

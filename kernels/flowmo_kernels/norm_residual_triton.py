@@ -1,6 +1,7 @@
-"""Triton kernels of the gated residual and the norm that follows it, and their launches.
+"""Triton kernels of LayerNorm with modulation and of the gated residual before it, and their launches.
 
-One forward kernel serves `gate_residual`, its fusion with the norm, and the fp8 forms of both norms.
+One forward and one backward kernel serve `norm_modulate`, `gate_residual` and their fusion; the forward kernel also
+their fp8 forms.  What an op leaves out is left out when the kernel is compiled.
 
 Legend: B images, L tokens (latent rows first), D channels, S streams of modulation vectors (1 or 2).
 """
@@ -29,7 +30,7 @@ from ._triton import cast, cdiv, jit, tl
 
 
 @jit
-def gate_residual_kernel(
+def norm_residual_kernel(
     p_x,  # [B, L, D]
     p_branch,  # [B, L, D]
     p_gate,  # [B, S, D]
@@ -101,8 +102,8 @@ def gate_residual_kernel(
 
 
 @jit
-def gate_residual_backward_kernel(
-    p_dsum,  # [B, L, D]: gradient that reaches x' directly
+def norm_residual_backward_kernel(
+    p_dsum,  # [B, L, D]: gradient that reaches x' directly, where RESIDUAL
     p_dy,  # [B, L, D]
     p_sum,  # [B, L, D]: x'
     p_branch,  # [B, L, D]
@@ -131,10 +132,12 @@ def gate_residual_backward_kernel(
     LO: tl.constexpr,
     ROWS: tl.constexpr,
     ITERS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
     MODULATED: tl.constexpr,
 ):
+    """Gradients of x' and of the branch, and sums over tokens to a tile for those of the vectors."""
     i = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
     start, end, stream = tile_rows(i, length, split, ROWS * ITERS)
@@ -151,7 +154,10 @@ def gate_residual_backward_kernel(
     for j in range(ITERS):
         o_row = start + j * ROWS + tl.arange(0, ROWS)
         m_row = o_row < end
-        b_hi, b_lo = load_rows(p_dsum + i_b * stride_dsb, stride_dsl, o_row, m_row, D, HI, LO)
+        if RESIDUAL:
+            b_hi, b_lo = load_rows(p_dsum + i_b * stride_dsb, stride_dsl, o_row, m_row, D, HI, LO)
+        else:
+            b_hi, b_lo = 0.0, 0.0
         if NORM:
             b_n_hi, b_n_lo = load_rows(p_sum + i_b * stride_sb, stride_sl, o_row, m_row, D, HI, LO)
             b_g_hi, b_g_lo = load_rows(p_dy + i_b * stride_dyb, stride_dyl, o_row, m_row, D, HI, LO)
@@ -164,8 +170,8 @@ def gate_residual_backward_kernel(
                 b_g_hi *= 1.0 + b_scale_hi
                 b_g_lo *= 1.0 + b_scale_lo
             b_g_hi, b_g_lo = normalise_backward(b_g_hi, b_g_lo, b_n_hi, b_n_lo, b_rstd, D)
-            b_hi += b_g_hi
-            b_lo += b_g_lo
+            b_hi = b_hi + b_g_hi
+            b_lo = b_lo + b_g_lo
             dtype: tl.constexpr = p_dx.dtype.element_ty
             p_out = p_dx + i_b * length * D
             store_rows(p_out, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
@@ -197,7 +203,7 @@ def forward(
         return
     launch = row_launch(d, b * length, reduces=False)
     r = x if branch is None else branch
-    gate_residual_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
+    norm_residual_kernel[(n_tiles(length, split, launch.rows * launch.iters), b)](
         x, r, x if gate is None else gate, x if shift is None else shift, x if scale is None else scale,
         x if x_new is None else x_new, x if y is None else y, x if row_scale is None else row_scale, length, split,
         x.stride(0), x.stride(1), r.stride(0), r.stride(1),
@@ -209,22 +215,28 @@ def forward(
 
 
 def backward(
-    dx_new: Tensor, dy: Tensor | None, x_new: Tensor | None, branch: Tensor, gate: Tensor | None,
+    dx_new: Tensor | None, dy: Tensor | None, x_new: Tensor, branch: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, dx: Tensor, dbranch: Tensor, sums: tuple[Tensor, ...], split: int, eps: float,
 ) -> None:  # fmt: skip
-    """Write dx (where there is a norm), dbranch (where there is a gate) and the sums over tokens."""
-    b, length, d = branch.shape
+    """Write dx (where there is a norm), dbranch (where there is a gate) and the sums over tokens.
+
+    Args:
+        dx_new: gradient that reaches x' directly; None where x' is the input, of `norm_modulate`.
+        x_new: x', or anything of its shape where there is no norm.
+    """
+    b, length, d = x_new.shape
     launch = row_launch(d, b * length, reduces=True)
     tiles = n_tiles(length, split, launch.rows * launch.iters)
-    partial = torch.empty(b, tiles, len(sums), d, device=branch.device, dtype=torch.float32)
-    s, g = branch if x_new is None else x_new, branch if dy is None else dy
-    if branch.numel():
-        gate_residual_backward_kernel[(tiles, b)](
-            dx_new, g, s, branch, branch if gate is None else gate, branch if scale is None else scale,
+    partial = torch.empty(b, tiles, len(sums), d, device=x_new.device, dtype=torch.float32)
+    s, r = x_new, x_new if branch is None else branch
+    direct, g = s if dx_new is None else dx_new, s if dy is None else dy
+    if s.numel():
+        norm_residual_backward_kernel[(tiles, b)](
+            direct, g, s, r, s if gate is None else gate, s if scale is None else scale,
             dx, dbranch, partial, length, split,
-            dx_new.stride(0), dx_new.stride(1), g.stride(0), g.stride(1), s.stride(0), s.stride(1),
-            branch.stride(0), branch.stride(1), *vector_strides(gate), *vector_strides(scale), eps,
-            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters,
+            direct.stride(0), direct.stride(1), g.stride(0), g.stride(1), s.stride(0), s.stride(1),
+            r.stride(0), r.stride(1), *vector_strides(gate), *vector_strides(scale), eps,
+            D=d, HI=launch.hi, LO=launch.lo, ROWS=launch.rows, ITERS=launch.iters, RESIDUAL=dx_new is not None,
             GATED=gate is not None, NORM=dy is not None, MODULATED=scale is not None, num_warps=launch.num_warps,
         )  # fmt: skip
     if sums:
@@ -232,10 +244,11 @@ def backward(
 
 
 def forward_signatures(name: str, **flags: bool) -> list[Signature]:
-    """The forward kernel for compilation ahead of time; flags that are not named are off."""
+    """The forward kernel for compilation ahead of time; flags that are not named are off, but for the norm."""
     off = {"RESIDUAL": False, "GATED": False, "NORM": True, "MODULATED": False, "ROW_SCALED": False}
-    return row_signatures(name, gate_residual_kernel, False, **(off | flags))
+    return row_signatures(name, norm_residual_kernel, False, **(off | flags))
 
 
 def backward_signatures(name: str, **flags: bool) -> list[Signature]:
-    return row_signatures(name, gate_residual_backward_kernel, True, **flags)
+    off = {"RESIDUAL": False, "GATED": False, "NORM": True, "MODULATED": False}
+    return row_signatures(name, norm_residual_backward_kernel, True, **(off | flags))
