@@ -32,7 +32,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Attention and matrix products",
         ("kind", "name", "shape", "status", "ms_p20", "ms_p50", "ms_p80", "tflop_per_s", "percent_of_peak"),
     ),
-    "components": ("Time by component", ("task", "model", "batch", "provider", "component", "ms", "percent")),
+    "components": (
+        "Time by component, under the profiler, which slows short operations",
+        ("task", "model", "batch", "provider", "component", "ms", "percent"),
+    ),
     "solvers": (
         "Solvers: PSNR in dB against forward passes",
         ("solver", "steps", "tail_merge", "cached_steps", "cached_blocks", "attention", "guidance", "forwards",
@@ -175,7 +178,9 @@ def plot_solvers(axes: Any, results: dict[str, Rows]) -> bool:
 PLOTS: dict[str, tuple[str, Callable[[Any, dict[str, Rows]], bool]]] = {
     "speedup": ("Speed-up of decoding", plot_speedup),
     "batch": ("Decode time against batch", plot_batches),
-    "components": ("Time by component", plot_components),
+    "components": (
+        "Time by component, under the profiler, which slows short operations",
+        plot_components),
     "roofline": ("Roofline", plot_roofline),
     "solvers": ("Solvers", plot_solvers),
 }
