@@ -178,9 +178,7 @@ def plot_solvers(axes: Any, results: dict[str, Rows]) -> bool:
 PLOTS: dict[str, tuple[str, Callable[[Any, dict[str, Rows]], bool]]] = {
     "speedup": ("Speed-up of decoding", plot_speedup),
     "batch": ("Decode time against batch", plot_batches),
-    "components": (
-        "Time by component, under the profiler, which slows short operations",
-        plot_components),
+    "components": ("Time by component, under the profiler", plot_components),
     "roofline": ("Roofline", plot_roofline),
     "solvers": ("Solvers", plot_solvers),
 }
