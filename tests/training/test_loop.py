@@ -143,6 +143,25 @@ def test_encoder_freezes_at_its_step(tmp_path, photographs):
     assert torch.equal(weights[1], weights[3])
 
 
+def test_freezing_the_encoder_keeps_all_moments(tmp_path, photographs):
+    """The optimizer goes on with the decoder's moments and count of steps; the encoder's stay as they were."""
+    trainer = Trainer(config(tmp_path / "run", photographs, "optim.freeze_encoder_at=3"))
+    for _ in range(3):
+        trainer.train_step()
+    first = {k: v.clone() for k, v in trainer.optimizer.exp_avg.items()}
+    second = {k: v.clone() for k, v in trainer.optimizer.exp_avg_sq.items()}
+    trainer.train_step()
+    assert trainer.optimizer.step_count == 4
+    frozen = [k for k in first if k.startswith("encoder.")]
+    assert frozen and all(torch.equal(trainer.optimizer.exp_avg[k], first[k]) for k in frozen)
+    assert all(torch.equal(trainer.optimizer.exp_avg_sq[k], second[k]) for k in frozen)
+    for key in first.keys() - set(frozen):
+        # v = 0.95 v + 0.05 g^2, never less than 0.95 v; from nothing it would be 0.05 g^2.
+        now = trainer.optimizer.exp_avg_sq[key]
+        assert (now >= 0.95 * second[key] * (1 - 1e-6)).all() and not torch.equal(now, second[key]), key
+    assert any(v.abs().sum() > 0 for k, v in second.items() if k not in frozen)
+
+
 def test_a_run_folder_is_of_one_configuration(tmp_path, photographs):
     Trainer(config(tmp_path / "run", photographs, "trainer.steps=1", "trainer.save_every=1")).fit()
     with pytest.raises(ConfigError, match=r"optim.lr=0.002 there and 0.1 here"):
