@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -153,6 +154,7 @@ class TrainingBatches:
             sampler=positions,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # its own, or it would draw from the global one
         )
         return iter(loader)
@@ -180,6 +182,15 @@ class TrainingBatches:
     def describe(self) -> str:
         """One line for the log."""
         return f"{self.source.describe()}; batches of {self.batch}, {self.workers} worker processes"
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """In a worker: a job's end is signalled to all its processes, and the last step still wants its batch.
+
+    Workers end when the process that reads them says so, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Positions:

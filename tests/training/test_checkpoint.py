@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from flowmo.data import heldout_photographs
 from flowmo.training import checkpoint
 from tests.processes import environment, run
 
@@ -204,6 +205,27 @@ def command(run: Path, steps: int, *more: str) -> list[str]:
 def lines(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_job_told_to_end_saves_although_its_workers_are_told_too(tmp_path):
+    """Schedulers signal every process of a job; worker processes that die of it would take the training along."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for name, picture in heldout_photographs().items():
+        picture.resize((48, 48)).save(photographs / f"{name}.png")
+    more = (f"data.path={photographs}", "data.workers=2")
+    process = subprocess.Popen(
+        command(tmp_path / "run", 100_000, *more), env=environment(), cwd=tmp_path, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(lines(tmp_path / "run")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None and newest[1]["step"] == lines(tmp_path / "run")[-1]["step"]
 
 
 @pytest.mark.slow
