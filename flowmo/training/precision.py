@@ -60,8 +60,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def fast_math(precision: str, device: torch.device, length: int) -> Iterator[None]:
     """The arithmetic of a training step: bf16 autocast, bf16 matrix products under fp32 tensors, or plain fp32.
 
-    Under autocast each learning weight is cast once in the whole block, backward passes included: they run in this
-    thread, whose cast weights those parts find that are computed again (gradient checkpointing).
+    Under autocast each learning weight is cast once in the whole block, backward passes included, unless the cache is
+    cleared in between: they run in this thread, whose cast weights those parts find that are computed again (gradient
+    checkpointing).
     """
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16), torch.autograd.set_multithreading_enabled(False):

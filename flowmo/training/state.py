@@ -157,6 +157,10 @@ class TrainState:
         # One region for all micro-batches: autocast keeps the bf16 weights that it makes in the first.
         with fast_math(self.precision, self.device, self.stage.sequence):
             for micro in range(accumulate):
+                if world > 1:
+                    # Weights cast for an earlier micro-batch get their gradients at the very end of the backward pass:
+                    # FSDP has exchanged without them by then, and DDP could not exchange while it goes on.
+                    torch.clear_autocast_cache()
                 batch = next(self.data)
                 self.generator.manual_seed(noise_seed(c.trainer.seed, self.step, micro * world + rank))
                 with self._exchange(world == 1 or micro == accumulate - 1):
