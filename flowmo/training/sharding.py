@@ -27,6 +27,8 @@ from flowmo.autoencoder import FlowMo
 
 def shard_(model: FlowMo, device: torch.device) -> None:
     """Shard a model over all processes, in place: each block a unit, so that one block at a time is whole."""
+    # Blocks return views of the joint sequence; nothing works in place on them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (model.encoder, model.decoder):
         for block in part.double_blocks:

@@ -51,6 +51,47 @@ Trainer.train_step = dying
 main(last)
 """
 
+# Then a run in which the second process alone is asked to stop, which the same command finishes, and one in which the
+# second process alone meets numbers that are not finite.
+STOPPED = """
+import json, math, os, signal, sys
+from flowmo.config import parse
+from flowmo.train import main
+from flowmo.training.distributed import join
+from flowmo.training.loop import Trainer
+
+second = join().rank == 1
+*runs, stopped, poisoned = json.loads(sys.argv[1])
+for run in runs:
+    main(run)
+train_step = Trainer.train_step
+
+def asked(self):
+    if second and self.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(self)
+
+Trainer.train_step = asked
+trainer = Trainer(parse(stopped))
+trainer.fit()
+assert trainer.step in (3, 4), trainer.step
+Trainer.train_step = train_step
+main(stopped)
+
+trainer = Trainer(parse(poisoned))
+loss = trainer.stage.loss
+
+def bad(*given, **options):
+    out = loss(*given, **options)
+    return {**out, "total": out["total"] * math.nan} if second and trainer.step >= 2 else out
+
+trainer.stage.loss = bad
+try:
+    trainer.fit()
+except FloatingPointError as error:
+    print("given up:", error)
+"""
+
 ENTROPY = """
 import sys, torch, torch.distributed as dist
 from flowmo import FlowMo
@@ -130,8 +171,18 @@ def test_two_processes_equal_one_and_go_on_from_each_others_checkpoints(tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     alone(one, 7, 4, photographs)
     from_one = only(one, 3, tmp_path / "from_one")
-    together(TRAIN_ALL, json.dumps([arguments(run, 7, 2, photographs) for run in (two, from_one)]))
+    stopped, poisoned = tmp_path / "stopped", tmp_path / "poisoned"
+    given = [arguments(run, 7, 2, photographs) for run in (two, from_one, stopped)]
+    given.append(arguments(poisoned, 7, 2, photographs, "trainer.max_skipped=2"))
+    printed = together(STOPPED, json.dumps(given))
     close(one, two, 7)
+    a, b = state(two, 7), state(stopped, 7)
+    assert all(torch.equal(v, b[k]) for k, v in a.items()), "both processes stopped after the same step"
+    assert lines(two) == lines(stopped)
+    assert all("given up: 2 steps in a row, up to step 4" in text for text in printed)
+    assert sorted(p.name for p in (poisoned / "nonfinite").iterdir()) == [
+        f"step_00000004_rank_{r}.pt" for r in range(2)
+    ]
     close(one, from_one, 7)
     assert len(lines(two)) == 7, "one process writes"
     from_two = only(two, 3, tmp_path / "from_two")
