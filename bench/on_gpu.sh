@@ -211,11 +211,13 @@ if wanted posttrain; then
 fi
 if wanted photographs; then
     # `small` at 256 x 256: loss, images/s and utilisation in metrics.jsonl, grids of reconstructions, one page.
+    # As the quickstart, which also has minutes: high noise, a large rate, a short average, few sampling steps.
     RUN=$(mktemp -d)/run
-    TRAINING="$SMALL data.path=$PHOTOS data.batch=32 data.scales=[256,320,384,512] data.flip=true data.workers=8 loss.perceptual=none
-        optim.schedule=cosine optim.warmup=200 optim.lr=3e-4 trainer.steps=1000000 trainer.sample_every=200
-        trainer.save_every=1000000 trainer.log_every=20"
-    [[ $REHEARSE == 1 ]] && TRAINING="$SMALL trainer.steps=1000000" MINUTES=0.05
+    SIZES="data.batch=32 data.scales=[256,320,384,512] data.workers=8"
+    [[ $REHEARSE == 1 ]] && SIZES="data.batch=8 data.scales=[32,64] data.workers=0" MINUTES=0.05
+    TRAINING="$SMALL data.path=$PHOTOS $SIZES data.flip=true noise.mean=2.0 loss.perceptual=none optim.lr=1e-3
+        optim.schedule=cosine optim.warmup=200 optim.ema_decay=0.995 sampler.steps=4 trainer.steps=1000000
+        trainer.sample_every=200 trainer.save_every=1000000 trainer.log_every=20"
     # shellcheck disable=SC2086
     step photographs $((60 * ${MINUTES%.*} + 120)) "$PYTHON" -m flowmo.train $TRAINING trainer.minutes="$MINUTES" run="$RUN"
     step photographs-page 60 "$PYTHON" -m flowmo.training.report "$RUN" --out "$RESULTS/photographs.html"
