@@ -34,7 +34,7 @@ from flowmo.generator.network import Generator
 from flowmo.generator.sampler import SamplerPlan
 from flowmo.generator_config import TokenSamplerConfig
 from flowmo.training import distributed
-from flowmo.training.precision import resolve_device
+from flowmo.training.precision import take_device
 from flowmo.training.state import noise_seed
 
 GRID_ROWS, GRID_COLUMNS = 16, 8
@@ -48,9 +48,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--n {options.n} --batch {options.batch}: expected at least 1 picture")
     processes = distributed.join()
     rank, world = processes.rank, processes.world
-    device = resolve_device(options.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", processes.local_rank)
+    device = take_device(options.device, processes)
     fast = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if fast else torch.float32
     generator, tokenizer = load_pair(options.generator, options.tokenizer, device, dtype)

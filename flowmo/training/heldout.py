@@ -17,6 +17,7 @@ from torch import Tensor
 from flowmo.autoencoder import FlowMo
 from flowmo.config import HeldoutConfig
 from flowmo.data import ImageFolder, center_crop, heldout_photographs, normalize, resize_shorter, to_tensor
+from flowmo.files import atomic_write
 from flowmo.metrics import Moments, frechet_distance, psnr
 from flowmo.perceptual.inception import load_inception
 from flowmo.training.stage import Measure
@@ -67,7 +68,8 @@ class Heldout:
         record = {"step": step, **{k: round(v, 6) for k, v in values.items()}, "best": better}
         curve = self.run / CURVE
         before = [r for r in read_curve(curve) if r["step"] < step]  # a resumed run repeats its last measurements
-        curve.write_text("".join(json.dumps(r) + "\n" for r in [*before, record]))
+        text = "".join(json.dumps(r) + "\n" for r in [*before, record])
+        atomic_write(curve, lambda name: Path(name).write_text(text))
         return values
 
     @property

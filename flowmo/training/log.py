@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flowmo.config import Config, ConfigError, to_yaml
+from flowmo.files import atomic_write
 
 
 class RunLog:
@@ -34,7 +35,7 @@ class RunLog:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            atomic_write(self.path, lambda name: Path(name).write_text("".join(f"{line}\n" for line in lines)))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class Trainer(TrainState):
         if self.resume():
             self._say("resumed %s at step %d", self.run, self.step)
         if self.finished:
-            self._say("%s is finished at step %d; raise trainer.steps or name another run=", self.run, self.step)
+            limit = "trainer.steps" if self.step >= t.steps else "trainer.minutes"
+            limit = "heldout.patience" if self._exhausted else limit
+            self._say("%s is finished at step %d; raise %s or name another run=", self.run, self.step, limit)
             return
         if self.samples is None:
             self.samples = self.stage.samples(self.data)
@@ -84,7 +87,7 @@ class Trainer(TrainState):
                 if step_seconds is not None:
                     step_seconds.append(self._clock - before)
                 if self.step % t.log_every == 0 or self.finished:
-                    self._report(log, window, time.perf_counter() - started)
+                    self._report(log, window, started)
                     if log and step_seconds:
                         left = None if t.minutes is None else 60 * t.minutes - self.seconds
                         log.note(session.length_note(step_seconds, t.steps - self.step, left))
@@ -97,8 +100,8 @@ class Trainer(TrainState):
                 if self.step % t.save_every == 0 or self._exhausted:
                     self.save()
                     saved_at = self.step
-        if self.step != saved_at:
-            self.save()
+            if self.step != saved_at:
+                self.save()  # whoever has asked it to stop may ask again meanwhile
         if self.finished and self.step % t.sample_every:
             self._sample(log)
         if log:
@@ -155,9 +158,10 @@ class Trainer(TrainState):
 
     # The log.
 
-    def _report(self, log: RunLog | None, window: list[dict[str, Tensor]], elapsed: float) -> None:
+    def _report(self, log: RunLog | None, window: list[dict[str, Tensor]], started: float) -> None:
         self.settle()
-        values = {k: float(torch.stack([w[k] for w in window]).mean()) for k in window[0]}
+        values = {k: _mean([w[k] for w in window]) for k in window[0]}
+        elapsed = time.perf_counter() - started  # the device has done all of it by now
         values = distributed.mean(values)
         values["loss"] = values.pop("total")
         c = self.config
@@ -187,3 +191,9 @@ class Trainer(TrainState):
             return
         save_png(grid, self.run / "samples" / f"step_{self.step:08d}.png")
         log.picture(self.step, "samples", grid)
+
+
+def _mean(numbers: Sequence[Tensor]) -> float:
+    """Mean of the finite ones: those of a step that was skipped need not be."""
+    found = torch.stack(list(numbers))
+    return float(found[found.isfinite()].mean())

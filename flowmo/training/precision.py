@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowmo.config import ConfigError
+from flowmo.training.distributed import Processes
 
 
 def resolve_device(name: str) -> torch.device:
@@ -23,6 +24,23 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"trainer.device={name}: this PyTorch sees no CUDA device; use trainer.device=cpu")
+    return device
+
+
+def take_device(name: str, processes: Processes) -> torch.device:
+    """A process's own device, made the current one: streams and events that name no device are of that.
+
+    Of several processes on a machine each takes the CUDA device of its local rank, unless the name has a number.
+
+    Raises:
+        ConfigError: as :func:`resolve_device`.
+    """
+    device = resolve_device(name)
+    if device.type == "cuda":
+        if device.index is None and processes.world > 1:
+            device = torch.device("cuda", processes.local_rank)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 

@@ -29,22 +29,27 @@ FREE_KEYS = (
 )
 
 
-def claim(run: Path, config: Config) -> None:
-    """Make the folder and write its config.yaml, or check that the one there is this run's.
+def check(run: Path, config: Config) -> None:
+    """Whether a command may train in a folder.
 
     Raises:
         ConfigError: the folder holds checkpoints of another configuration.
     """
     path = run / "config.yaml"
-    if path.exists():
-        mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
-        free = [k for k in FREE_KEYS if not (config.stage == "distill" and k in TEACHER_KEYS)]
-        changed = [k for k in mine if k not in free and mine[k] != saved.get(k)]
-        if changed and checkpoint.list_checkpoints(run):
-            pairs = ", ".join(f"{k}={saved.get(k)} there and {mine[k]} here" for k in changed[:4])
-            raise ConfigError(f"run={run} holds another run ({pairs}); name another run= or repeat its settings")
+    if not path.exists() or not checkpoint.list_checkpoints(run):
+        return
+    mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
+    free = [k for k in FREE_KEYS if not (config.stage == "distill" and k in TEACHER_KEYS)]
+    changed = [k for k in mine if k not in free and mine[k] != saved.get(k)]
+    if changed:
+        pairs = ", ".join(f"{k}={saved.get(k)} there and {mine[k]} here" for k in changed[:4])
+        raise ConfigError(f"run={run} holds another run ({pairs}); name another run= or repeat its settings")
+
+
+def claim(run: Path, config: Config) -> None:
+    """Make the folder and write its config.yaml."""
     run.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda name: Path(name).write_text(to_yaml(config)))
+    atomic_write(run / "config.yaml", lambda name: Path(name).write_text(to_yaml(config)))
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowmo.config import Config, ConfigError, to_yaml
 from flowmo.training import checkpoint, distributed, runfolder
 from flowmo.training.heldout import Heldout
-from flowmo.training.precision import fast_math, resolve_device, resolve_precision
+from flowmo.training.precision import fast_math, resolve_precision, take_device
 from flowmo.training.sharding import exchange_gradients, fill_, flatten, full, load_shards_
 from flowmo.training.stage import Stage
 from flowmo.training.verdict import Verdict
@@ -55,18 +55,13 @@ class TrainState:
                 f"trainer.accumulate={t.accumulate} micro-batches each"
             )
         self.run = Path(config.run)
-        self.device = resolve_device(t.device)
-        if self.device.type == "cuda" and self.device.index is None and world > 1:
-            self.device = torch.device("cuda", self.processes.local_rank)
-            torch.cuda.set_device(self.device)
+        self.device = take_device(t.device, self.processes)
         if t.threads:
             torch.set_num_threads(t.threads)
         self.precision = distributed.from_first(resolve_precision(t.precision, self.device))
         stage.check(config)
         if self.processes.first:
-            runfolder.claim(self.run, config)
-        distributed.barrier()
-
+            runfolder.check(self.run, config)
         torch.manual_seed(t.seed)
         self.stage = stage(config, self.device)
         if config.init is not None and not checkpoint.list_checkpoints(self.run):
@@ -89,6 +84,9 @@ class TrainState:
         self._exhausted = False
         self._verdict: Verdict | None = None  # of the last step, not read so far
         self._wrap()
+        if self.processes.first:
+            runfolder.claim(self.run, config)  # last of all: what cannot start leaves nothing behind
+        distributed.barrier()
 
     @property
     def model(self) -> nn.Module:
@@ -286,10 +284,10 @@ class TrainState:
         self._first_losses = list(state.get("first_losses", ()))
         self._clock = self.seconds
         self.skipped, self._skipped_in_row = state.get("skipped", (0, 0))
-        if self.heldout and state.get("heldout"):
-            self.heldout.load_state_dict(state["heldout"])
-            patience = self.config.heldout.patience
-            self._exhausted = bool(state["exhausted"]) and 0 < patience <= state["heldout"]["worse"]
+        if measured := state.get("heldout"):  # by the first process, and all agree on what follows from it
+            if self.heldout:
+                self.heldout.load_state_dict(measured)
+            self._exhausted = bool(state["exhausted"]) and 0 < self.config.heldout.patience <= measured["worse"]
         self._wrap()
         return True
 

@@ -14,8 +14,9 @@ from PIL import Image
 from flowmo import FlowMo
 from flowmo.config import ConfigError, parse
 from flowmo.data import heldout_photographs
-from flowmo.training import checkpoint
+from flowmo.training import checkpoint, distributed
 from flowmo.training.loop import Trainer, noise_seed, resolve_device
+from flowmo.training.precision import take_device
 
 MEASURED = ("images_per_second", "seconds_per_step", "peak_memory_gib")  # differ from run to run
 
@@ -131,6 +132,49 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, photographs):
     again = Trainer(config(tmp_path / "run", photographs, "trainer.steps=8"))
     again.fit()
     assert again.step == 8
+
+
+def test_asked_again_it_still_saves(tmp_path, photographs):
+    """Ctrl-C reaches processes of torchrun twice: from the terminal, and from torchrun."""
+    trainer = Trainer(config(tmp_path / "run", photographs, "trainer.steps=3", "trainer.save_every=100"))
+    save = trainer.save
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        return save()
+
+    trainer.save = interrupted  # type: ignore[method-assign]
+    trainer.fit()
+    assert [p.stem for p in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_00000003"]
+
+
+def test_all_processes_know_that_training_has_ended_early(tmp_path, photographs, monkeypatch, caplog):
+    """Only the first measures, and the others have to stop with it, also when the command is given again."""
+    more = ["heldout.every=1", "heldout.patience=2", "heldout.metric=psnr", f"heldout.path={photographs}", "heldout.images=2"]
+    given = config(tmp_path / "run", photographs, "sampler.steps=1", *more)
+    trainer = Trainer(given)
+    assert trainer.heldout is not None
+    trainer.heldout.score = lambda model: {"psnr": 1.0}
+    trainer.fit()
+    assert trainer.step == 2
+    caplog.set_level("INFO")
+    Trainer(given).fit()
+    assert "is finished at step 2; raise heldout.patience" in caplog.text
+    monkeypatch.setattr(distributed, "join", lambda: distributed.Processes(1, 1, 1))
+    monkeypatch.setattr(distributed, "from_first", lambda own: own or checkpoint.path_of(tmp_path / "run", 2))
+    second = Trainer(given)
+    assert second.heldout is None and second.resume() and second.finished
+
+
+def test_every_process_computes_on_a_device_of_its_own(monkeypatch):
+    """Whichever it is becomes the current one: the event that tells when a step's outcome is there is of that."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    alone, third = distributed.Processes(), distributed.Processes(2, 4, 2)
+    taken = [take_device("cuda:1", alone), take_device("auto", third), take_device("cuda:0", third)]
+    assert taken == current == [torch.device("cuda", i) for i in (1, 2, 0)]
+    assert [take_device("cpu", third).type, take_device("cuda", alone).type] == ["cpu", "cuda"] and len(current) == 3
 
 
 def test_encoder_freezes_at_its_step(tmp_path, photographs):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -54,7 +56,8 @@ class Descent:
     def step(self, lr, found_inf=None):
         self.step_count += 1
         for p in self.named.values():
-            p.data.add_(p.grad, alpha=-lr)
+            if found_inf is None or not found_inf:
+                p.data.add_(p.grad, alpha=-lr)
             p.grad = None
 
     def state_dict(self):
@@ -130,6 +133,28 @@ def test_first_steps_are_remembered_over_a_restart(slope):
         losses.append((weight * x - 3 * x) ** 2)
         weight -= 0.1 * 2 * x * (weight * x - 3 * x)
     assert trainer.first_loss == pytest.approx(sum(losses) / 20, rel=1e-4)
+
+
+def test_rates_count_what_the_device_still_does_and_means_only_what_is_finite(tmp_path, monkeypatch):
+    """A card works on the last step when the host asks for its numbers, and a step that is skipped has none."""
+    monkeypatch.setitem(loop.STAGES, "line", Line)
+    config = line(tmp_path, 14)
+    trainer = Trainer(config)
+    settle, forward = trainer.settle, trainer.stage.forward
+
+    def slowly():
+        if trainer.step % 7 == 0 and trainer._verdict is not None:
+            time.sleep(0.7)
+        settle()
+
+    def poisoned(*given):
+        return {k: v * (float("nan") if trainer.step == 9 else 1) for k, v in forward(*given).items()}
+
+    trainer.settle, trainer.stage.forward = slowly, poisoned
+    trainer.fit()
+    log = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_steps"] for r in log] == [0, 1] and math.isfinite(log[1]["loss"])
+    assert all(r["seconds_per_step"] > 0.1 and r["images_per_second"] < config.data.batch / 0.1 for r in log)
 
 
 def test_length_is_told_by_the_median_step(slope):
