@@ -29,6 +29,15 @@ def random_masks(
     return permutation < count[:, None]
 
 
+@torch.compiler.disable  # generators end a graph; drawn before it, all the rest is one
+def draw(
+    batch: int, tokens: int, config: MaskLossConfig, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor]:  # [B, N] and [B] bool
+    """Which tokens are masked, and whose class is dropped."""
+    masked = random_masks(batch, tokens, generator, device)
+    return masked, torch.rand(batch, generator=generator, device=device) < config.class_dropout
+
+
 def generator_loss(
     model: Generator,
     tokens: Tensor,  # [B, N] int64
@@ -38,14 +47,15 @@ def generator_loss(
 ) -> dict[str, Tensor]:
     """Loss of one batch: smoothed cross-entropy, weighted sum over sum of weights.
 
+    The weights are those of this batch. Of several micro-batches or processes the mean is trained on, as in TiTok's
+    released implementation: pictures beside which little is masked count a bit more than over one large batch.
+
     Returns:
         "total", the loss; and without gradient "masked", the unsmoothed cross-entropy at masked tokens in nats,
         "accuracy" there, and "ratio", the part that is masked.
     """
     network = model.config
-    batch, length = tokens.shape
-    masked = random_masks(batch, length, generator, tokens.device)
-    dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < config.class_dropout
+    masked, dropped = draw(*tokens.shape, config, generator, tokens.device)
     logits = model(tokens.masked_fill(masked, network.mask_id), labels.masked_fill(dropped, network.null_class))
     flat = logits.flatten(0, 1), tokens.flatten()
     losses = F.cross_entropy(*flat, label_smoothing=config.label_smoothing, reduction="none").view_as(tokens)

@@ -146,7 +146,9 @@ class MaskGIT(Stage):
             return None
         if h.metric != "masked":
             raise ConfigError(f"heldout.metric={h.metric}: stage maskgit measures masked alone")
-        return MaskedTokens(TokenCache.open(h.path, self.cache.header.layout), h.images, self.config.trainer.seed)
+        cache = TokenCache.open(h.path, self.cache.header.layout)
+        check_tokens(self.model, cache)
+        return MaskedTokens(cache, h.images, self.config.trainer.seed)
 
 
 class TokenGrid:
@@ -190,11 +192,19 @@ class MaskedTokens:
     """How well masked tokens of a cache are predicted: "masked", their cross-entropy in nats, and "accuracy".
 
     The first view of the first `count` pictures, under masks that depend on the seed alone; no class is dropped.
+
+    Raises:
+        TokenCacheError: pictures without a class.
     """
 
     def __init__(self, cache: TokenCache, count: int, seed: int) -> None:
         pictures = cache.done()[:count]
         self.tokens, self.labels = cache.read(pictures, pictures * 0)
+        if without := int((self.labels < 0).sum()):
+            raise TokenCacheError(
+                f"heldout.path={cache.folder}: {without} pictures have no class; the generator is measured with the "
+                "classes it is trained with, one folder of pictures to a class"
+            )
         self.seed = seed
 
     def __call__(self, model: Generator) -> dict[str, float]:

@@ -123,6 +123,23 @@ def test_classes_are_dropped():
     assert set(model.labels.tolist()) == {3, NETWORK.null_class}
 
 
+def test_the_compiled_loss_is_one_graph_with_the_same_gradients():
+    """After the random draws: PyTorch cannot trace a torch.Generator."""
+    torch.manual_seed(0)
+    model = Generator(NETWORK)
+    tokens, labels = torch.randint(0, 16, (4, 16)), torch.arange(4) % NETWORK.classes
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gradients = []
+    for loss in (generator_loss, torch.compile(generator_loss, backend="aot_eager")):
+        model.zero_grad()
+        loss(model, tokens, labels, MaskLossConfig(), torch.Generator().manual_seed(0))["total"].backward()
+        gradients.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_what_decays():
     model = Generator(NETWORK)
     decayed = {name for name, p in model.named_parameters() if decays(name, p)}

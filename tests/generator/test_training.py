@@ -213,6 +213,23 @@ def test_wrong_tokens_are_an_error(tmp_path, tokens):
         Trainer(config(tmp_path / "run", tokens, 2)).fit()
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([-1] * 16, [], "class names"),
+        ([*range(15), -1], [f"class {i}" for i in range(16)], "1 pictures have no class"),
+        (range(16), [f"kind {i}" for i in range(16)], "class names"),
+        (range(20, 36), [f"class {i}" for i in range(36)], "classes: 16 and 36"),
+    ],
+)
+def test_heldout_tokens_are_of_the_same_classes(tmp_path, tokens, labels, names, message):
+    """Labels of others would be read as other rows of the table of embeddings, or as none that there is."""
+    header = TokenHeader(TokenLayout(16, 4, 4, tokenizer="a" * 64), 16, 1, "center", 32, "float32", names)
+    TokenCache.create(tmp_path / "other", header, list(labels)).write(list(range(16)), rows(16)[:, None])
+    with pytest.raises(TokenCacheError, match=message):
+        Trainer(config(tmp_path / "run", tokens, 1, f"heldout.path={tmp_path / 'other'}", "heldout.every=1"))
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokens):
     more = "trainer.gradient_checkpointing=true"
     trainers = [Trainer(config(tmp_path / str(i), tokens, 2, *([more] * i))) for i in range(2)]
