@@ -66,7 +66,7 @@ try:
 except fk.KernelUnavailableError as error:
     print(error)
 """)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "triton was asked for, but the package triton is not installed" in done.stdout
 
 
