@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowmo.data.archive import ArchiveImages, find_archives
 from flowmo.data.folder import Fetched, ImageFolder, Pictures, Skipped
 from flowmo.data.samples import CropSampler, train_photographs
-from flowmo.data.transforms import PathLike, normalize
+from flowmo.data.transforms import PathLike, deliver, normalize
 
 _FEW = 10  # failures before their share says anything
 
@@ -139,10 +139,7 @@ class TrainingBatches:
                 f"data.max_failed={self.max_failed:g} (last: {failed[-1].path}: {failed[-1].reason}); "
                 "repair the data, or raise data.max_failed"
             )
-        if self.device.type == "cuda":
-            pixels = pixels if pixels.is_pinned() else pixels.pin_memory()
-            pixels = pixels.to(self.device, non_blocking=True)
-        return normalize(pixels.to(self.device))
+        return normalize(deliver(pixels, self.device))
 
     def _read(self) -> Iterator[tuple[Tensor, tuple[Skipped, ...]]]:
         positions = _Positions(self.position + self.rank * self.batch, self.batch * self.world)

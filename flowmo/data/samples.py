@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmo.data.transforms import load_image, normalize, resize_shorter
+from flowmo.data.transforms import deliver, load_image, normalize, resize_shorter
 
 _PACKAGE_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
@@ -179,7 +179,7 @@ class CropSampler:
             crop = pixels[:, top : top + size, left : left + size]
             out[i] = crop[:, :, ::-1] if mirrored[i] else crop
         self.position += self.world
-        return normalize(torch.from_numpy(out).to(self.device))
+        return normalize(deliver(torch.from_numpy(out), self.device))
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact continuation needs: the position, and what must agree for it to mean the same."""

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmo.data.transforms import PathLike, center_crop, resize_shorter
+from flowmo.data.transforms import PathLike, center_crop, deliver, resize_shorter
 from flowmo.files import atomic_write
 from flowmo.quantizer import fsq_codes, fsq_tokens
 from flowmo_kernels import codes_to_tokens, pack_tokens, tokens_to_codes, unpack_tokens
@@ -394,7 +394,7 @@ class TokenBatches:
         rows = [self._at(p) for p in range(first, first + self.batch)]
         self.position += self.batch * self.world
         tokens, labels = self.cache.read(np.array([r[0] for r in rows]), np.array([r[1] for r in rows]))
-        return tokens.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        return deliver(tokens, self.device), deliver(labels, self.device)
 
     def _at(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, len(self._pictures))

@@ -138,6 +138,13 @@ def to_tensor(img: Image.Image | np.ndarray) -> Tensor:
     return normalize(torch.from_numpy(np.array(img)).movedim(-1, -3).contiguous())
 
 
+def deliver(batch: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; to a GPU from pinned memory, since the host would wait for any other copy."""
+    if device.type != "cuda":
+        return batch.to(device)
+    return (batch if batch.is_pinned() else batch.pin_memory()).to(device, non_blocking=True)
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 pixels of any shape -> float32, value / 127.5 - 1, on the same device."""
     return pixels.float().div_(127.5).sub_(1.0)

@@ -229,3 +229,22 @@ def test_save_png_makes_the_folder_and_leaves_no_scraps(tmp_path: Path) -> None:
         T.save_png(Image.new("CMYK", (4, 4)), path)
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(photo(seed=1)))
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_batches_go_to_a_card_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sources hand over by one function; the host waits for a copy from any other memory."""
+    ways: list[tuple[str, dict[str, object]]] = []
+
+    def pin(batch: torch.Tensor) -> torch.Tensor:
+        ways.append(("pinned", {}))
+        return batch.clone()
+
+    def to(batch: torch.Tensor, device: torch.device, **how: object) -> torch.Tensor:
+        ways.append((device.type, how))
+        return batch
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    T.deliver(torch.zeros(2), torch.device("cuda"))
+    T.deliver(torch.zeros(2), torch.device("cpu"))
+    assert ways == [("pinned", {}), ("cuda", {"non_blocking": True}), ("cpu", {})]

@@ -150,8 +150,8 @@ def test_asked_again_it_still_saves(tmp_path, photographs):
 
 def test_all_processes_know_that_training_has_ended_early(tmp_path, photographs, monkeypatch, caplog):
     """Only the first measures, and the others have to stop with it, also when the command is given again."""
-    more = ["heldout.every=1", "heldout.patience=2", "heldout.metric=psnr", f"heldout.path={photographs}", "heldout.images=2"]
-    given = config(tmp_path / "run", photographs, "sampler.steps=1", *more)
+    more = ["heldout.every=1", "heldout.patience=2", "heldout.metric=psnr", "heldout.images=2", "sampler.steps=1"]
+    given = config(tmp_path / "run", photographs, f"heldout.path={photographs}", *more)
     trainer = Trainer(given)
     assert trainer.heldout is not None
     trainer.heldout.score = lambda model: {"psnr": 1.0}
