@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowmo.config import ModelConfig
 from flowmo.engine import Schedule
-from flowmo.files import atomic_write
+from flowmo.files import atomic_write, write_tensors
 from flowmo.sampling import time_grid
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def save(model: FlowMo, folder: str | os.PathLike[str]) -> None:
 def save_file_with_config(model: FlowMo, path: str | os.PathLike[str]) -> None:
     """Write one safetensors file that :func:`load` can read on its own: the configuration is in its metadata."""
     state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
-    atomic_write(path, lambda f: save_file(state, f, metadata={"config": _config_text(model)}))
+    write_tensors(path, state, metadata={"config": _config_text(model)})
 
 
 def _config_text(model: FlowMo) -> str:

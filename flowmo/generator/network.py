@@ -20,12 +20,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowmo.data.tokens import TokenLayout
-from flowmo.files import atomic_write
+from flowmo.files import atomic_write, write_tensors
 from flowmo.generator_config import NetworkConfig
 from flowmo.pretrained import CheckpointError, check_keys
 from flowmo_kernels import gate_residual, gate_residual_norm_modulate, joint_attention, norm_modulate
@@ -191,7 +191,7 @@ class Generator(nn.Module):
             "layout": None if self.layout is None else asdict(self.layout),
             "class_names": self.class_names,
         }
-        atomic_write(folder / "model.safetensors", lambda f: save_file(state, f))
+        write_tensors(folder / "model.safetensors", state)
         atomic_write(folder / "config.json", lambda f: Path(f).write_text(json.dumps(content, indent=2) + "\n"))
 
     @classmethod

@@ -62,6 +62,8 @@ class Trainer(TrainState):
             limit = "trainer.steps" if self.step >= t.steps else "trainer.minutes"
             limit = "heldout.patience" if self._exhausted else limit
             self._say("%s is finished at step %d; raise %s or name another run=", self.run, self.step, limit)
+            self.save_model()  # it died perhaps after its last checkpoint, and before this
+            distributed.barrier()
             return
         if self.samples is None:
             self.samples = self.stage.samples(self.data)

@@ -252,11 +252,15 @@ class TrainState:
             path = checkpoint.save_sharded(self.run, self.step, self.state_dict(), t.keep, t.keep_every, first)
         elif first:
             checkpoint.save(self.run, self.step, self.state_dict(), t.keep, t.keep_every)
-        if first or self.sharded:
-            model = self.averaged()
-            if first:
-                model.save_pretrained(self.run / "model")
+        self.save_model()
         return path
+
+    def save_model(self) -> None:
+        """Write the averaged model into RUN/model; the first process does, under FSDP all call it."""
+        if self.processes.first or self.sharded:
+            model = self.averaged()
+            if self.processes.first:
+                model.save_pretrained(self.run / "model")
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the run folder; False where there is none.

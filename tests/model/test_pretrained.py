@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 
 import pytest
 import torch
@@ -140,3 +141,19 @@ def test_half_written_model_folder(model, tmp_path):
     (tmp_path / "config.json").write_text('{"sizes": 1}')
     with pytest.raises(CheckpointError, match=r"config\.json"):
         FlowMo.from_pretrained(tmp_path)
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(tmp_path):
+    """Commands say such errors in one line; the file that was there stays, and no scrap beside it."""
+    model = FlowMo("tiny")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*model\.safetensors"):
+            model.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before

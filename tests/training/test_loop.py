@@ -177,6 +177,17 @@ def test_every_process_computes_on_a_device_of_its_own(monkeypatch):
     assert [take_device("cpu", third).type, take_device("cuda", alone).type] == ["cpu", "cuda"] and len(current) == 3
 
 
+def test_a_finished_run_has_the_model_of_its_last_checkpoint(tmp_path, photographs):
+    """Also one that was killed, or found the disk full, between the two."""
+    given = config(tmp_path / "run", photographs, "trainer.steps=2", "sampler.steps=1")
+    Trainer(given).fit()
+    path = tmp_path / "run" / "model" / "model.safetensors"
+    expected = path.read_bytes()
+    path.unlink()
+    Trainer(given).fit()
+    assert path.read_bytes() == expected
+
+
 def test_encoder_freezes_at_its_step(tmp_path, photographs):
     trainer = Trainer(config(tmp_path / "run", photographs, "optim.freeze_encoder_at=2", "trainer.steps=4"))
     weights = []
