@@ -41,7 +41,7 @@ class RunLog:
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step, **{k: round(v, 6) for k, v in values.items()}}
+        record = {"step": step, **{k: float(f"{v:.7g}") for k, v in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self.scalars(step, values)

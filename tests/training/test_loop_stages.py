@@ -14,6 +14,7 @@ from torch import nn
 
 from flowmo.config import parse
 from flowmo.training import loop
+from flowmo.training.log import RunLog
 from flowmo.training.loop import Trainer
 from flowmo.training.session import length_note
 from flowmo.training.stage import Stage
@@ -155,6 +156,15 @@ def test_rates_count_what_the_device_still_does_and_means_only_what_is_finite(tm
     log = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped_steps"] for r in log] == [0, 1] and math.isfinite(log[1]["loss"])
     assert all(r["seconds_per_step"] > 0.1 and r["images_per_second"] < config.data.batch / 0.1 for r in log)
+
+
+def test_numbers_of_any_size_are_logged(tmp_path):
+    """The rate of a warm-up of 10,000 steps begins at 1e-8."""
+    log = RunLog(tmp_path, 1, 0, line(tmp_path, 1))
+    log.metrics(1, {"loss": 1234.5678, "images_per_second": 1.0, "lr": 2.5e-8})
+    log.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["lr"], record["loss"]) == (2.5e-8, 1234.568)
 
 
 def test_length_is_told_by_the_median_step(slope):
