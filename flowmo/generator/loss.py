@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowmo.generator.network import Generator
 from flowmo.generator_config import MaskLossConfig
+from flowmo.tracing import untraced
 
 
 def random_masks(
@@ -29,7 +30,7 @@ def random_masks(
     return permutation < count[:, None]
 
 
-@torch.compiler.disable  # generators end a graph; drawn before it, all the rest is one
+@untraced
 def draw(
     batch: int, tokens: int, config: MaskLossConfig, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # [B, N] and [B] bool
@@ -55,7 +56,7 @@ def generator_loss(
         "accuracy" there, and "ratio", the part that is masked.
     """
     network = model.config
-    masked, dropped = draw(*tokens.shape, config, generator, tokens.device)
+    masked, dropped = draw(tokens.shape[0], tokens.shape[1], config, generator, tokens.device)
     logits = model(tokens.masked_fill(masked, network.mask_id), labels.masked_fill(dropped, network.null_class))
     flat = logits.flatten(0, 1), tokens.flatten()
     losses = F.cross_entropy(*flat, label_smoothing=config.label_smoothing, reduction="none").view_as(tokens)

@@ -20,6 +20,7 @@ from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_resnet_distance
 from flowmo.perceptual.resnet import ResNetDistance
 from flowmo.sampling import euler_chain, random_times
+from flowmo.tracing import untraced
 from flowmo.training.autoencoder import AutoencoderStage
 from flowmo.training.pretrain import draw, flow_loss
 
@@ -62,7 +63,7 @@ def remembering(call: Call, mode: str) -> Call:
     return again
 
 
-@torch.compiler.disable  # as flowmo.training.pretrain.draw
+@untraced
 def draw_chain(
     model: ModelConfig, batch: int, steps: int, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # [B, (S / p)^2, 3 p^2] and [B, steps + 1]

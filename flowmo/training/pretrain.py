@@ -11,6 +11,7 @@ from flowmo.autoencoder import FlowMo
 from flowmo.config import Config, LossConfig, ModelConfig, NoiseConfig
 from flowmo.layers import patchify, unpatchify
 from flowmo.perceptual import load_perceptual
+from flowmo.tracing import untraced
 from flowmo.training.autoencoder import AutoencoderStage
 from flowmo.training.distributed import gather_rows
 
@@ -46,7 +47,7 @@ class Draws(NamedTuple):
     keep: Tensor  # [B] bool: whose conditioning stays
 
 
-@torch.compiler.disable  # generators end a graph; drawn before it, all the rest is one
+@untraced
 def draw(
     model: ModelConfig,
     batch: int,
@@ -69,7 +70,7 @@ class CodeNoise(NamedTuple):
     noise: Tensor | None  # [B, T, C], standard normal, of noise sync
 
 
-@torch.compiler.disable  # as above
+@untraced
 def draw_code_noise(
     model: ModelConfig,
     t: Tensor,  # [B] noise levels of the pictures

@@ -210,8 +210,7 @@ def test_compiled_loss_has_the_same_gradients(model, images):
         results.append({**gradients, "counts": counts})
     for key, expected in results[0].items():
         torch.testing.assert_close(results[1][key], expected, rtol=1e-5, atol=1e-7)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and all("draw" in reason for reason in counters["graph_break"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("hold", ["matrix", "channel", "none"])
