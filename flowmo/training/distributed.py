@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# How long the others wait for the first process, which measures held-out data for hours where rFID wants thousands.
+PATIENCE = timedelta(days=2)
+_patient: dist.ProcessGroup | None = None  # over gloo; None: the default group, with its half hour
 
 
 class Processes(NamedTuple):
@@ -35,23 +39,16 @@ def join() -> Processes:
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return Processes()
+    global _patient
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def largest(values: Sequence[float]) -> list[float]:
-    """The largest of each value over all processes; the same list everywhere."""
-    if world_size() == 1:
-        return list(values)
-    exchanged = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(exchanged, dist.ReduceOp.MAX)
-    return exchanged.tolist()
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:
@@ -75,13 +72,14 @@ def from_first(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=_patient, device=torch.device("cpu"))
     return box[0]
 
 
 def barrier() -> None:
     """Wait for all processes (over gloo: no card is involved)."""
-    largest([0.0])
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1), group=_patient)
 
 
 class _GatherRows(torch.autograd.Function):
