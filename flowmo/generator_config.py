@@ -1,4 +1,7 @@
-"""Configuration of Stage 2, the keys `generator.*`: sizes, loss, optimizer and how tokens are drawn."""
+"""Configuration of Stage 2, the keys `generator.*`: sizes, loss, optimizer and how tokens are drawn.
+
+It lies beside `flowmo.config`, which holds it: the package `flowmo.generator` imports that in turn.
+"""
 
 from __future__ import annotations
 

@@ -76,6 +76,12 @@ class MaskGIT(Stage):
         if checkpoint.is_checkpoint(Path(path)):
             saved = checkpoint.read(path)
             weights = {**saved["model"], **saved["optimizer"]["average"]}
+            tokens, here = saved["data"].get("tokens"), self.cache.header.layout
+            if tokens is not None and list(tokens) != [here.tokenizer, here.tokens, here.bits, here.grouping]:
+                raise TokenCacheError(
+                    f"init={path} was trained with tokens {tokens}, and {self.cache.folder} holds "
+                    f"{[here.tokenizer, here.tokens, here.bits, here.grouping]} (tokenizer, number, bits, grouping)"
+                )
         else:
             model = Generator.from_pretrained(path)
             check_tokens(model, self.cache)

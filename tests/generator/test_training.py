@@ -213,6 +213,14 @@ def test_wrong_tokens_are_an_error(tmp_path, tokens):
         Trainer(config(tmp_path / "run", tokens, 2)).fit()
 
 
+def test_a_checkpoint_starts_no_run_on_tokens_of_another_tokenizer(tmp_path, tokens):
+    path = Trainer(config(tmp_path / "run", tokens, 1)).save()
+    other = make_cache(tmp_path / "others", TokenLayout(16, 4, 4, tokenizer="b" * 64))
+    Trainer(config(tmp_path / "same", tokens, 1, f"init={path}"))
+    with pytest.raises(TokenCacheError, match="was trained with tokens"):
+        Trainer(config(tmp_path / "other", other, 1, f"init={path}"))
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
