@@ -37,16 +37,17 @@ def component(name: str) -> str:
     return next((c for c, words in COMPONENTS if any(w in lower for w in words)), "other")
 
 
-def times_of(calls: Sequence[Call], device: str, rounds: int = 5) -> list[dict[str, float]]:
+def times_of(calls: Sequence[Call], device: str) -> list[dict[str, float]]:
     """Milliseconds a call by component, largest first; the calls take turns, so that load hits all of them alike."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    # Kernels repeat themselves, and reading the events of a decode takes longer than the decode.
+    activity, rounds = (ProfilerActivity.CUDA, 2) if device == "cuda" else (ProfilerActivity.CPU, 5)
     sums: list[dict[str, float]] = [defaultdict(float) for _ in calls]
     for call in calls:
         for _ in range(2):
             call()
     for _ in range(rounds):
         for call, found in zip(calls, sums):
-            with profile(activities=activities) as recorded:
+            with profile(activities=[activity]) as recorded:
                 call()
                 if device == "cuda":
                     torch.cuda.synchronize()
@@ -76,21 +77,25 @@ def main(arguments: list[str] | None = None) -> int:
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*fields, *common])
         writer.writeheader()
-        calls: dict[str, Call] = {}
-        for provider in options.providers:
-            call = provide(provider, options.task, Setting.make(config(options.model), options.batch, device), device)
-            if call is None:
-                print(f"{provider} has no {options.task}")
-            else:
-                calls[provider] = call
-        for provider, times in zip(calls, times_of(list(calls.values()), device)):
-            total = sum(times.values())
-            print(f"{options.task} by {provider}, {options.model}, batch {options.batch} on {device}: {total:.1f} ms")
-            for name, ms in times.items():
-                row = {"task": options.task, "model": options.model, "batch": options.batch, "provider": provider}
-                row |= {"component": name, "ms": f"{ms:.3f}", "percent": f"{100 * ms / total:.1f}"}
-                writer.writerow(row | common)
-                print(f"    {name:30} {ms:10.2f} ms {100 * ms / total:5.1f} %")
+        # A card is alone with us: there the rows of one provider are written before the next is compiled.
+        for group in [[p] for p in options.providers] if on_card else [options.providers]:
+            calls: dict[str, Call] = {}
+            for provider in group:
+                setting = Setting.make(config(options.model), options.batch, device)
+                call = provide(provider, options.task, setting, device)
+                if call is None:
+                    print(f"{provider} has no {options.task}")
+                else:
+                    calls[provider] = call
+            for provider, times in zip(calls, times_of(list(calls.values()), device)):
+                total = sum(times.values())
+                print(f"{options.task} by {provider}, {options.model}, batch {options.batch} on {device}: {total:.1f} ms")
+                for name, ms in times.items():
+                    row = {"task": options.task, "model": options.model, "batch": options.batch, "provider": provider}
+                    row |= {"component": name, "ms": f"{ms:.3f}", "percent": f"{100 * ms / total:.1f}"}
+                    writer.writerow(row | common)
+                    print(f"    {name:30} {ms:10.2f} ms {100 * ms / total:5.1f} %")
+            file.flush()
     print(f"wrote {options.out}")
     return 0
 

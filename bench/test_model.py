@@ -15,7 +15,7 @@ from bench import model as model_bench
 from bench import published, solvers
 from bench.model_cases import PROVIDERS, TASKS, Setting, config, provide, work
 from bench.solvers import Way
-from bench.timing import percentiles
+from bench.timing import Peaks, percentiles
 from flowmo.config import LossConfig, OptimConfig
 from flowmo.engine import Schedule, StepCache
 from flowmo.perceptual.resnet import random_resnet_distance
@@ -154,6 +154,17 @@ def test_providers_in_turns(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert [bool(r["psnr_to_exact"]) for r in rows.values()][:5] == [False, False, True, True, True]
     with pytest.raises(SystemExit):
         model_bench.main([*words, "--providers", "plan+tial6"])
+
+
+def test_peak_memory_is_that_of_the_timed_calls(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Not of the plans that the picture is compared with."""
+    compared: list[int] = []
+    monkeypatch.setattr(model_bench, "psnr_to_exact", lambda *a, **k: compared.append(1) or torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30 * (1 + len(compared)))
+    row = {"task": "decode", "batch": 1, "provider": "plan+tail6"}
+    s = Setting.make(config("tiny"), 1, "cpu")
+    filled = model_bench.filled(row, s, percentiles([1.0], False), "cpu", Peaks(1e12, 1e12))
+    assert compared and filled["peak_gib"] == "1.00"
 
 
 def test_each_call_takes_its_turn() -> None:

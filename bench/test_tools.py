@@ -30,6 +30,13 @@ def test_every_library_op_backward_too_has_a_reference_that_agrees_with_itself()
         assert ops.disagreement(case, ops.under(case.op, "ref", case.call), "cpu") == 0.0, case.name
 
 
+def test_rows_name_the_commit_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.timing._output", lambda *words: "")
+    assert environment()["commit"] == ""
+    monkeypatch.setenv("FLOWMO_COMMIT", "0123abc")
+    assert environment()["commit"] == "0123abc"
+
+
 def test_a_wrong_result_is_seen() -> None:
     case = next(case for case in CASES.values() if case.name == "norm_modulate/forward")
     right = ops.under(case.op, "ref", case.call)

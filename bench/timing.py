@@ -7,6 +7,7 @@ timed with CUDA events.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a row of results carries: card or processor, driver, versions, commit."""
+    """What a row of results carries: card or processor, driver, versions, commit (FLOWMO_COMMIT where no history is)."""
     triton_version = "none"
     try:
         import triton
@@ -140,5 +141,5 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "triton": triton_version,
-        "commit": _output("git", "rev-parse", "--short", "HEAD") + dirty,
+        "commit": os.environ.get("FLOWMO_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") + dirty,
     }
