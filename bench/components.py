@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
                     calls[provider] = call
             for provider, times in zip(calls, times_of(list(calls.values()), device)):
                 total = sum(times.values())
-                print(f"{options.task} by {provider}, {options.model}, batch {options.batch} on {device}: {total:.1f} ms")
+                what = f"{options.task} by {provider}, {options.model}, batch {options.batch}"
+                print(f"{what} on {device}: {total:.1f} ms")
                 for name, ms in times.items():
                     row = {"task": options.task, "model": options.model, "batch": options.batch, "provider": provider}
                     row |= {"component": name, "ms": f"{ms:.3f}", "percent": f"{100 * ms / total:.1f}"}

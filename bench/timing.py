@@ -126,7 +126,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a row of results carries: card or processor, driver, versions, commit (FLOWMO_COMMIT where no history is)."""
+    """What a row of results carries: card or processor, driver, versions, commit (FLOWMO_COMMIT without a history)."""
     triton_version = "none"
     try:
         import triton
