@@ -155,6 +155,20 @@ def test_every_backend_computes_the_same(backend: str, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", backends_here())
+def test_every_backend_reads_the_views_of_the_engine(backend: str, device: str) -> None:
+    """Images lie closer than tokens, and the last block asks for fewer queries: no library may mistake the strides."""
+    buffer = random(70, 3, 3, 2, 96, device=device)
+    buffer[:, :, :2] *= buffer[:, :, :2].square().mean(-1, keepdim=True).rsqrt()
+    q, k, v = buffer.bfloat16().transpose(0, 1).unbind(2)
+    for queries in (q, q[:, 6:], q[:, :6]):
+        wide = [t.double().contiguous() for t in (queries, k, v)]
+        exact, weight = (joint_attention_ref(*wide[:2], x, 8 / 96) for x in (wide[2], wide[2].abs()))
+        o = joint_attention(queries, k, v, 8 / 96, backend=backend, contiguous=False)
+        # Half a unit of bf16 for each p and for o, twice that for what libraries do to exponentials.
+        assert o.shape == queries.shape and ((o.double() - exact).abs() <= 2**-7 * weight).all()
+
+
 def test_says_which_backend_runs() -> None:
     q, k, v = make((1, 4, 1, 8), torch.float32)
     assert attention_backend(q, k, v) == "sdpa"
