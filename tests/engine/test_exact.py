@@ -134,16 +134,16 @@ def test_fp8_path_in_the_reference_arithmetic(lo, monkeypatch):
     codes, noise = inputs(lo, 2)
     monkeypatch.setattr(plan_module, "check_fp8", lambda *_: None)
     psnr = psnr_to_exact(lo, codes, noise, dtype=torch.bfloat16, fp8=True)
-    # e4m3 rounds by up to 2^-4: a few per cent of each product, so neither exact nor another picture.
-    assert ((psnr > 20) & torch.isfinite(psnr)).all()
+    # e4m3 rounds by up to 2^-4, a few per cent of each product: 54 dB here. Without any attention there are 34.
+    assert ((psnr > 50) & torch.isfinite(psnr)).all()
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_attention_in_eight_bits_is_an_option(lo, format):
     codes, noise = inputs(lo, 3)
     psnr = psnr_to_exact(lo, codes, noise, attention=format)
-    # A few per cent of every attention output (tests/ops/test_attention_quantized.py): neither exact nor far.
-    assert ((psnr > 30) & torch.isfinite(psnr)).all()
+    # A few per cent of every attention output (tests/ops/test_attention_quantized.py): 66 dB here, 34 without any.
+    assert ((psnr > 60) & torch.isfinite(psnr)).all()
     images = noise.clamp(-1, 1)
     flips = (lo.encode_plan(3, attention=format)(images) != lo.encode(images)).float().mean()
     assert flips < 0.05

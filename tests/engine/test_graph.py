@@ -29,6 +29,17 @@ def on_card(model: FlowMo, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return codes.cuda(), noise.cuda()
 
 
+def same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Pictures of one computation in other orders: up to fp32 sums, or twice bf16's own distance to fp32.
+
+    That is 1.2e-3 on average and 1.4e-2 at most on a CPU; a sampler without any attention is 24e-3 away on average.
+    """
+    error = (a - b).abs()
+    if dtype == torch.float32:
+        return bool(error.max() <= 1e-5)
+    return bool(error.mean() <= 2.5e-3 and error.max() <= 0.03)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{}, {"guidance": 1.0}, {"solver": "ab2", "steps": 9}, {"tail_merge": 6}, CACHE, {"overlap": True}]
@@ -40,7 +51,14 @@ def test_graph_gives_the_eager_pictures(model, dtype, options):
     for seed in range(3):  # every replay reads its own inputs
         codes, noise = on_card(model, 3, seed)
         # The same kernels on the same numbers; attention may pick another plan inside a capture: rounding of bf16.
-        assert (graph(codes, noise) - eager(codes, noise)).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)
+        assert same(graph(codes, noise), eager(codes, noise), dtype)
+
+
+def test_bf16_is_near_fp32(model):
+    """Other libraries' kernels than in fp32; the options that change the picture compare bf16 with bf16."""
+    codes, noise = on_card(model, 3)
+    exact = model.decode_plan(3, dtype=torch.float32)(codes, noise)
+    assert same(model.decode_plan(3, dtype=torch.bfloat16)(codes, noise), exact, torch.bfloat16)
 
 
 def test_fp32_graph_is_the_plain_sampler(model):
@@ -70,7 +88,7 @@ def test_two_streams_give_the_pictures_of_one(model, dtype, graph):
     assert two is not one and two.captured == graph
     for seed in range(20):
         codes, noise = on_card(model, 2, seed)
-        assert (two(codes, noise) - one(codes, noise)).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)
+        assert same(two(codes, noise), one(codes, noise), dtype)
     images = on_card(model, 2)[1].clamp(-1, 1)
     codes = [model.encode_plan(2, dtype=torch.float32, graph=graph, overlap=o)(images) for o in (False, True)]
     assert torch.equal(*codes)
@@ -136,7 +154,7 @@ def test_inside_a_capture_of_the_caller(model):
     with torch.cuda.graph(graph):
         out = plan(codes, noise)
     graph.replay()
-    assert (out - expected).abs().max() <= 0.05
+    assert same(out, expected, plan.dtype)
 
 
 def test_no_upload_or_synchronization_in_a_call(model):
@@ -155,7 +173,8 @@ def test_fp8(model):
         pytest.skip("this card has no fp8 matrix units")
     codes, noise = on_card(model, 2)
     psnr = psnr_to_exact(model, codes, noise, fp8=True)
-    assert ((psnr > 20) & torch.isfinite(psnr)).all()
+    # 54.4 to 54.9 dB in the reference arithmetic; pictures without attention have 34.
+    assert ((psnr > 50) & torch.isfinite(psnr)).all()
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
@@ -166,10 +185,11 @@ def test_attention_in_eight_bits(model, format):
             model.decode_plan(2, attention=format)
         return
     psnr = psnr_to_exact(model, codes, noise, attention=format)
-    assert ((psnr > 25) & torch.isfinite(psnr)).all()
+    # 61.6 to 64.1 dB in the reference arithmetic, of which bf16 takes the most.
+    assert ((psnr > 56) & torch.isfinite(psnr)).all()
     with use("ref"):  # the same 8-bit numbers by PyTorch, in bf16 as the kernels' plan
         reference = model.decode_plan(2, attention=format, graph=False)(codes, noise)
-    assert (model.decode_plan(2, attention=format)(codes, noise) - reference).abs().mean() < 0.02
+    assert same(model.decode_plan(2, attention=format)(codes, noise), reference, torch.bfloat16)
 
 
 def test_encode_plan(model):
