@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         extra = {"pictures": len(images), "draws": options.draws, "judge": judged, "command": given, **surroundings}
         writer.writerows(line | extra for line in lines)
     table = markdown(lines)
-    about = f"{len(images)} held-out tiles of {size} x {size}, {options.draws} draws of the noise; perceptual: {judged}."
+    about = f"{len(images)} held-out tiles of {size} x {size}, {options.draws} draws of noise; perceptual: {judged}."
     judgement = "\n".join(f"- {line}" for line in verdicts(rows, found))
     where = ", ".join(f"{k} {v}" for k, v in surroundings.items() if v not in ("", "None", "none"))
     text = f"`python -m bench.distill {given}`\n\n{about} {where}.\n\n{table}\n{judgement}\n"
