@@ -22,6 +22,7 @@ from torch import Tensor
 
 import flowmo_kernels
 from flowmo import FlowMo, cli
+from flowmo.engine import Schedule
 from flowmo.layers import patchify
 from flowmo.sampling import guided_steps, time_grid
 from flowmo.solvers import combine
@@ -128,9 +129,14 @@ def likelihood(
         generator: draws the dequantization noise and the probes.
 
     Raises:
-        TypeError, ValueError: as `FlowMo.encode`, or options out of range.
+        TypeError, ValueError: as `FlowMo.encode`, options out of range, or a distilled model.
     """
     c = model.config
+    if model.sampler != Schedule():  # only distilled models carry a sampler of their own
+        raise ValueError(
+            f"model: distilled to decode in {model.sampler.steps} steps, so its velocities are no flow; "
+            "take its teacher (RUN/teacher of its training run)"
+        )
     if codes is None:
         codes = model.encode(images)
     images = images.to(model.device, torch.float32)

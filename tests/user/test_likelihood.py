@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowmo import FlowMo
 from flowmo import likelihood as command
 from flowmo.data import heldout_photographs, to_tensor
+from flowmo.engine import Schedule
 from flowmo.likelihood import Field, bits_per_dim, likelihood, log_density
 
 
@@ -138,3 +140,10 @@ def test_the_command(tiny, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "coffee.png" in out and "rocket.png" in out and "over 2 pictures" in out and "0.0938 more" in out
     assert "broken.png" in err
+
+
+def test_a_distilled_decoder_has_no_likelihood():
+    model = FlowMo("tiny").eval()
+    model.sampler = Schedule(steps=2, rho=1.0, guidance=1.0)
+    with pytest.raises(ValueError, match=r"distilled to decode in 2 steps.*RUN/teacher"):
+        likelihood(model, torch.zeros(1, 3, 32, 32), steps=2)
