@@ -43,7 +43,7 @@ def write_tensors(
     try:
         atomic_write(path, lambda name: save_file(tensors, name, metadata=metadata))
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))  # in two versions of the library
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error

@@ -307,4 +307,4 @@ class TrainState:
 
 def noise_seed(seed: int, step: int, place: int) -> int:
     """Seed of the noise of one micro-batch, a function of where it is in the run and of nothing else."""
-    return int(np.random.SeedSequence((seed, step, place)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, step, place)).generate_state(1, np.uint64)[0]) >> 1  # NumPy 1 cannot

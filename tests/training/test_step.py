@@ -125,12 +125,12 @@ def test_gradients_through_kept_casts_are_those_of_fresh_ones(tmp_path: Path) ->
 
 
 class OnTheDevice(TorchDispatchMode):
-    """Refuses operations that see a tensor of the host."""
+    """Refuses operations that see a tensor of the host, but for empty ones, which carry nothing (checkpoint's own)."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         seen = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        assert all(t.device.type != "cpu" for t in seen), f"{func} sees a tensor on the host"
+        assert all(t.device.type != "cpu" or t.numel() == 0 for t in seen), f"{func} sees a tensor on the host"
         return out
 
 
