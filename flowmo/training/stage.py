@@ -6,6 +6,7 @@ kind train in it, once a subclass of :class:`Stage` stands for them in the loop'
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -55,7 +56,7 @@ class Optimizer(Protocol):
 Measure = Callable[[Any], dict[str, float]]  # of an averaged model
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """One kind of training. Calling it with a batch gives its losses.
 
     Args:
@@ -91,9 +92,9 @@ class Stage(nn.Module):
         """Spread the weights over all processes (FSDP)."""
         raise ConfigError(f"trainer.parallel=fsdp: stage {self.name} trains with ddp")
 
+    @abstractmethod
     def empty_model(self) -> nn.Module:
         """A model like `self.model` without weights, on the meta device."""
-        raise NotImplementedError
 
     def averaged(self, average: dict[str, Tensor]) -> Any:
         """A copy of the model with averaged weights, in evaluation mode; of sharded weights all processes make it.
@@ -108,33 +109,33 @@ class Stage(nn.Module):
 
     # Training.
 
+    @abstractmethod
     def batches(self, processes: Processes) -> Batches:
         """This process's share of the training data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def optimizer(self) -> Optimizer:
         """Made once the weights are those of step 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learning_rate(self, step: int, progress: float) -> float:
         """Rate of the step after `step` steps, `progress` in [0, 1] being the part of the run that is done."""
-        raise NotImplementedError
 
     def update(self, step: int) -> bool:
         """Freeze or release parts for the step after `step` steps; True when what learns has changed."""
         return False
 
+    @abstractmethod
     def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalar losses of a batch; "total" carries the gradient."""
-        raise NotImplementedError
 
     def clip_(self, norm: Tensor) -> None:
         """Shorten gradients of this norm, in place, where the stage bounds it."""
 
     @property
+    @abstractmethod
     def sequence(self) -> int:
         """Tokens that attention sees at once."""
-        raise NotImplementedError
 
     # What is said, measured and drawn.
 
