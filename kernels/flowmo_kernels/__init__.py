@@ -24,6 +24,7 @@ from .gate_residual import (
     gate_residual_norm_modulate_ref,
     gate_residual_ref,
 )
+from .gelu_fp8 import gelu_fp8, gelu_fp8_ref
 from .lfq import LFQOutput, lfq, lfq_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
 from .norm_modulate import norm_modulate, norm_modulate_ref
@@ -52,6 +53,8 @@ __all__ = [
     "gate_residual_norm_modulate_fp8_ref",
     "gate_residual_norm_modulate_ref",
     "gate_residual_ref",
+    "gelu_fp8",
+    "gelu_fp8_ref",
     "hold_norms_",
     "joint_attention",
     "joint_attention_ref",

@@ -38,6 +38,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear_gelu": ("triton",),
     "norm_modulate_fp8": ("triton",),
     "gate_residual_norm_modulate_fp8": ("triton",),
+    "gelu_fp8": ("triton",),
     "linear_fp8": (),
     "attention_fp8": ("triton",),
     "lfq": ("triton", "cuda"),

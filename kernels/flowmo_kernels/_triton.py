@@ -48,7 +48,8 @@ if INTERPRETED:
             exponent = ((x.to(tl.uint32, bitcast=True) >> 23) & 255).to(tl.int32) - 127
             quantum = tl.exp2(tl.maximum(exponent, -6).to(tl.float32) - 3.0)
             # Adding and subtracting 1.5 * 2^23 rounds an fp32 number to an integer, ties to even.
-            x = ((x / quantum + 12582912.0) - 12582912.0) * quantum
+            rounded = (((x / quantum + 12582912.0) - 12582912.0) * quantum).to(dtype).to(tl.uint8, bitcast=True)
+            x = tl.where(x == x, rounded, 127).to(tl.uint8).to(dtype, bitcast=True)  # 127: not a number
         return x.to(dtype)
 
     @jit

@@ -30,7 +30,7 @@ MINIMUM_ARCHITECTURE = 89  # sm_89; the kernels compile for nothing older
 TINY = 1e-12  # rows smaller than this all over are stored as zeros of scale TINY / 448
 
 
-def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
+def refuse_gradient(op: str, *tensors: Tensor | None) -> None:
     if wants_grad(*tensors):
         raise RuntimeError(f"{op} has no gradient: fp8 is for inference; call it under torch.no_grad()")
 
@@ -146,7 +146,7 @@ def norm_modulate_fp8(
         RuntimeError: a gradient is wanted.
         KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
-    _refuse_gradient("norm_modulate_fp8", x, shift, scale)
+    refuse_gradient("norm_modulate_fp8", x, shift, scale)
     if implementation("norm_modulate_fp8", x) == "ref":
         return norm_modulate_fp8_ref(x, shift, scale, split=split, eps=eps)
     check_norm_modulate(x, shift, scale, split)
@@ -174,7 +174,7 @@ def gate_residual_norm_modulate_fp8(
         RuntimeError: a gradient is wanted.
         KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
-    _refuse_gradient("gate_residual_norm_modulate_fp8", x, branch, gate, shift, scale)
+    refuse_gradient("gate_residual_norm_modulate_fp8", x, branch, gate, shift, scale)
     if implementation("gate_residual_norm_modulate_fp8", x) == "ref":
         return gate_residual_norm_modulate_fp8_ref(x, branch, gate, shift, scale, split=split, eps=eps)
     check_gate_residual(x, branch, gate, split)

@@ -186,18 +186,18 @@ def _cast_kernel(p_x, p_y, N: tl.constexpr):
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_cast_rounds_to_nearest_even(dtype: torch.dtype, device: str) -> None:
-    """Numbers on both sides of ties, ties themselves, subnormals and zeros, as PyTorch rounds them."""
+    """Numbers on both sides of ties, ties themselves, subnormals, zeros and NaN, as PyTorch rounds them."""
     if device == "cuda" and dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     codes = codes[codes.isfinite() & (codes.abs() < 448)]
     steps = torch.linspace(0, 1, 17)[:, None] * 2.0**-3
     x = torch.cat([(codes * (1 + steps)).flatten(), random(3900), torch.tensor([0.0, -0.0, 2**-9, 2**-10])])
-    x = x.clamp(-448, 448)
+    x = torch.cat([x.clamp(-448, 448), torch.tensor([torch.nan])])
     x = torch.cat([x, torch.zeros(8192 - x.numel())]).to(device)
     y = torch.empty(8192, dtype=dtype, device=device)
     _cast_kernel[(1,)](x, y, N=8192)
-    assert torch.equal(y.float(), x.to(dtype).float())
+    assert torch.allclose(y.float(), x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_import_leaves_the_tracer_alone() -> None:
