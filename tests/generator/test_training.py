@@ -128,8 +128,8 @@ def test_sixteen_rows_are_learned_by_heart(tmp_path, tokens):
     assert [r["step"] for r in log] == [50, 100, 150, 200, 250] and log[-1]["loss"] < log[0]["loss"]
     curve = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
     assert [r["step"] for r in curve] == [0, 125, 250] and curve[-1]["best"]
-    # smoothed targets make the best prediction 0.9 + 0.1 / 16 sure
-    assert 0 < curve[-1]["masked"] + math.log(0.9 + 0.1 / 16) < 0.02
+    # smoothed targets make the best prediction 0.9 + 0.1 / 16 sure, which training comes near from either side
+    assert abs(curve[-1]["masked"] + math.log(0.9 + 0.1 / 16)) < 0.02
     assert "maskgit-quickstart, maskgit" in report(run)
     # The run is a generator that loads, and holds the averaged weights.
     model = Generator.from_pretrained(run)
