@@ -3,8 +3,8 @@
     g_mf = GELU(u_mf) = u_mf / (1 + exp(-z_mf)),  z = 2 c (u + a u^3),  c = sqrt(2/pi),  a = 0.044715
     s_m = max_f |g_mf| / 448,    y_mf = fp8(g_mf / s_m)
 
-The product before leaves u in memory, since its fp8 form has no GELU epilogue.  So the pass that GELU needs anyway finds
-the exact maximum of every row, and writes one byte a number instead of two.  Inference only.
+The product before leaves u in memory, since its fp8 form has no GELU epilogue.  So the pass that GELU needs anyway
+finds the exact maximum of every row, and writes one byte a number instead of two.  Inference only.
 
 Legend: M rows (all leading axes together), F channels.
 """

@@ -30,10 +30,13 @@ def check(u: Tensor) -> None:
     ref_values, ref_scales = gelu_fp8_ref(u)
     oracle = F.gelu(u.double(), approximate="tanh")
     compare("scales", scales, ref_scales, oracle.abs().amax(-1, keepdim=True) / 448, 2.0, terms=1)
-    dequantized = values.double() * scales
-    compare("values", dequantized, ref_values.double() * ref_scales, oracle, 2.0, terms=1)
+    dequantized, ref_dequantized = values.double() * scales, ref_values.double() * ref_scales
+    compare("values", dequantized, ref_dequantized, oracle, 2.0, terms=1)
     # Half a unit of the last of 3 mantissa bits, and of the smallest subnormal, 2^-9 of the scale.
-    assert ((dequantized - oracle).abs() <= oracle.abs() * 2**-4 + scales * 2**-10 + 1e-6 * scales).all()
+    allowed = oracle.abs() * 2**-4 + scales * 2**-10 + 1e-6 * scales
+    assert ((dequantized - oracle).abs() <= allowed).all()
+    # PyTorch's u (1 + tanh) / 2 cancels where it is nearly zero.
+    assert ((ref_dequantized - oracle).abs() <= allowed + u.double().abs() * 2**-23).all()
     smallest = 1e-12  # rows below it all over count as zeros
     assert (values.float().abs().amax(-1)[oracle.abs().amax(-1) > 1.01 * smallest] == 448).all()
 
@@ -116,5 +119,5 @@ def test_bad_input() -> None:
         gelu_fp8(random(3, 8).requires_grad_())
     with pytest.raises(ValueError, match=r"expected a float dtype and shape \[..., F\]"):
         gelu_fp8(torch.zeros(()))
-    with pytest.raises(ValueError, match="u is torch.int64"):
+    with pytest.raises(ValueError, match="expected a float dtype"):
         gelu_fp8(torch.zeros(3, 8, dtype=torch.int64))
