@@ -38,7 +38,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "solvers": (
         "Solvers: PSNR in dB against forward passes",
-        ("solver", "steps", "tail_merge", "cached_steps", "cached_blocks", "attention", "guidance", "forwards",
+        ("solver", "steps", "tail_merge", "cached_steps", "cached_blocks", "fp8", "attention", "guidance", "forwards",
          "psnr_to_converged", "psnr_to_exact", "psnr_to_original"),
     ),
     "ops": (
@@ -166,7 +166,7 @@ def plot_solvers(axes: Any, results: dict[str, Rows]) -> bool:
     for solver in dict.fromkeys(r["solver"] for r in rows):
         for guidance in dict.fromkeys(r["guidance"] for r in rows):
             mine = [r for r in rows if (r["solver"], r["guidance"]) == (solver, guidance)]
-            chosen = [r for r in mine if not any(r.get(c) for c in ("tail_merge", "cached_steps", "attention"))]
+            chosen = [r for r in mine if not any(r.get(c) for c in ("tail_merge", "cached_steps", "fp8", "attention"))]
             points = [(float(r["forwards"]), number(r, "psnr_to_converged")) for r in chosen]
             if points:
                 axes.plot(*zip(*points), marker="o", label=f"{solver}, guidance {guidance}")

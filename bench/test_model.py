@@ -179,9 +179,10 @@ def test_solver_table() -> None:
     todo = [Way(Schedule(n, guidance=1.0, solver=name)) for n in (2, 8) for name in ("euler", "heun")]
     paper = Schedule(25, guidance=1.0)
     todo += [Way(paper._replace(tail_merge=6)), Way(paper, StepCache((22, 24))), Way(paper, attention="int8")]
+    todo += [Way(paper, fp8=True)]
     rows = solvers.table(model, images, todo, 40)
-    assert [r["forwards"] for r in rows] == ["2", "3", "8", "15", "20", "24", "25"]
+    assert [r["forwards"] for r in rows] == ["2", "3", "8", "15", "20", "24", "25", "25"]
     by = {(r["solver"], r["steps"], r["forwards"]): float(r["psnr_to_converged"]) for r in rows}
     assert by["euler", 8, "8"] > by["euler", 2, "2"] and by["heun", 8, "15"] > by["euler", 8, "8"]
-    assert [bool(r["psnr_to_exact"]) for r in rows] == [False] * 4 + [True] * 3
+    assert [bool(r["psnr_to_exact"]) for r in rows] == [False] * 4 + [True] * 4
     assert all(way.schedule.steps in (2, 25) for way in solvers.ways(1.5, 4.0, 3, [2]))
