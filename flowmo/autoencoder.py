@@ -289,8 +289,9 @@ class FlowMo(nn.Module):
                 state stays in fp32.
             graph: capture one CUDA graph, now; without effect on other devices.
             cache: evaluations that run the first blocks alone, `StepCache(steps=(13, 15), blocks=4)` for example.
-            fp8: qkv and first MLP layers in row-scaled fp8 (compute capability 8.9 and newer; on a CPU in the slow
-                reference arithmetic, to measure the error).
+            fp8: qkv and both MLP layers of all blocks in row-scaled fp8 (compute capability 8.9 and newer; on a CPU in
+                the slow reference arithmetic, to measure the error). Attention's projection, a twelfth of the linear
+                work, stays in `dtype`, as do the input and output layers.
             attention: backend of `flowmo_kernels.joint_attention`; "fp8" and "int8" change the picture.
             overlap: on CUDA, the latent rows on a second stream beside the image rows; meant for batch 1.
             drop_modulation: free the decoder's modulation weights (a third of it). The model then decodes with this

@@ -26,7 +26,7 @@ class Execution(NamedTuple):
 
     dtype: torch.dtype
     graph: bool = True
-    fp8: bool = False
+    fp8: bool = False  # qkv and both MLP layers; attention's projection, input and output layers stay in dtype
     attention: str = "auto"
     overlap: bool = False  # latent rows on a second stream, beside the image rows
 

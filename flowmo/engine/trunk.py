@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.engine.weights import BlockWeights, Linear, StreamWeights, TransformerWeights
@@ -24,6 +23,7 @@ from flowmo_kernels import (
     attention_backend,
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_fp8,
+    gelu_fp8,
     joint_attention,
     linear_fp8,
     linear_gelu,
@@ -41,7 +41,7 @@ class Branch(NamedTuple):
     gate: Tensor | None  # [1, D] or [1, 2, D]; None is a gate of one
 
 
-class Normed(NamedTuple):
+class Rows(NamedTuple):
     """Input rows of linear layers."""
 
     values: Tensor  # [1, rows, D]
@@ -54,10 +54,11 @@ class Normed(NamedTuple):
         else:
             self._fp8(part, layer, out.dtype, out)
 
-    def gelu(self, part: slice, layer: Linear, dtype: torch.dtype) -> Tensor:
+    def gelu(self, part: slice, layer: Linear, dtype: torch.dtype) -> Rows:
+        """GELU(values[part] W^T + b), [1, rows of part, F]; of an fp8 layer in fp8 again."""
         if layer.scale is None:
-            return linear_gelu(self.values[0, part], layer.w, layer.b)
-        return F.gelu(self._fp8(part, layer, dtype), approximate="tanh")
+            return Rows(linear_gelu(self.values[0, part], layer.w, layer.b)[None])
+        return Rows(*gelu_fp8(self._fp8(part, layer, dtype)[None]))
 
     def _fp8(self, part: slice, layer: Linear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         assert self.scales is not None and layer.scale is not None
@@ -133,24 +134,24 @@ class Trunk:
             state = self._mlp(stream, o, m, split, parts)
         return state, seen
 
-    def _norm(self, state: Branch, m: Tensor | None, split: int, first: bool) -> tuple[Tensor, Normed]:
+    def _norm(self, state: Branch, m: Tensor | None, split: int, first: bool) -> tuple[Tensor, Rows]:
         shift, scale = (None, None) if m is None else (m[0], m[1])
         split = 0 if m is None else split
         if first:
             x = state.x
             if self.weights.fp8:
-                return x, Normed(*norm_modulate_fp8(x, shift, scale, split=split))
-            return x, Normed(norm_modulate(x, shift, scale, split=split))
+                return x, Rows(*norm_modulate_fp8(x, shift, scale, split=split))
+            return x, Rows(norm_modulate(x, shift, scale, split=split))
         return self._residual_norm(state, shift, scale, split)
 
     def _residual_norm(
         self, state: Branch, shift: Tensor | None, scale: Tensor | None, split: int
-    ) -> tuple[Tensor, Normed]:
+    ) -> tuple[Tensor, Rows]:
         op = gate_residual_norm_modulate_fp8 if self.weights.fp8 else gate_residual_norm_modulate
         x, *y = op(*state, shift, scale, split=split)
-        return x, Normed(*y)
+        return x, Rows(*y)
 
-    def _attention(self, y: Normed, block: BlockWeights, batch: int, live: str | None) -> Tensor:
+    def _attention(self, y: Rows, block: BlockWeights, batch: int, live: str | None) -> Tensor:
         """Attention output [rows, D]: of all tokens, or of the live stream's."""
         w = self.weights
         split, rows = w.latents * batch, w.length * batch
@@ -178,8 +179,7 @@ class Trunk:
 
         def mlp(part: slice, weights: StreamWeights) -> None:
             assert weights.fc1 is not None and weights.fc2 is not None
-            hidden = y.gelu(part, weights.fc1, branch.dtype)
-            torch.addmm(weights.fc2.b, hidden, weights.fc2.w.t(), out=branch[part])
+            y.gelu(part, weights.fc1, branch.dtype).linear(slice(None), weights.fc2, branch[part])
 
         self._each(project, parts)
         x, y = self._residual_norm(Branch(x, branch[None], gate1), shift, scale, split)

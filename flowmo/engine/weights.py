@@ -109,12 +109,12 @@ class TransformerWeights:
         attention, mlp = getattr(block, f"{stream}_attn"), getattr(block, f"{stream}_mlp")
         if block.live not in (None, stream):
             return StreamWeights(self._linear(attention.qkv, self.fp8, first=attention.proj.in_features), *[None] * 3)
-        # Rows of the inputs of proj and fc2 span heads and tiles, so no kernel has their scales: they stay as they are.
+        # What makes the other inputs sees whole rows and can round them; the rows of proj's input span the heads.
         return StreamWeights(
             self._linear(attention.qkv, self.fp8),
             self._linear(attention.proj),
             self._linear(mlp[0], self.fp8),
-            self._linear(mlp[2]),
+            self._linear(mlp[2], self.fp8),
         )
 
     def _block(self, block: Any) -> BlockWeights:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from flowmo import FlowMo, model_config
 from flowmo.engine import psnr_to_exact
 from flowmo.engine.plan import check_fp8
+from flowmo_kernels import use
+from flowmo_kernels._triton import INTERPRETED
 from tests.engine.conftest import HI, LO, ONE_BLOCK, inputs, make
 
-# Of the some 100,000 roundings that make the error, a few fall on the other side where fp32 sums are in another order:
-# sqrt(few / 100,000) of it, half a per cent. A layer more or less in fp8 is half of the error.
-SAME = 0.02
+# fp32 sums in another order move a few numbers across a rounding threshold, by up to 2^-3 of them; what follows is then
+# rounded anew in part. That stays below an eighth of the whole error, while a layer less in fp8 is three fifths of it.
+SAME = 0.25
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -32,13 +34,13 @@ def rounded_linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def rounded_copy(model: FlowMo) -> FlowMo:
-    """The model whose qkv and first MLP layers take rounded rows and weights."""
+    """The model whose qkv and MLP layers take rounded rows and weights."""
     model = copy.deepcopy(model)
     for block in (*model.encoder.double_blocks, *model.decoder.double_blocks):
         for stream in ("txt", "img"):
             attention, mlp = getattr(block, f"{stream}_attn"), getattr(block, f"{stream}_mlp")
             attention.qkv.forward = rounded_linear(attention.qkv)
-            fc1, fc2 = rounded_linear(mlp[0]), mlp[2]
+            fc1, fc2 = rounded_linear(mlp[0]), rounded_linear(mlp[2])
             mlp.forward = lambda x, fc1=fc1, fc2=fc2: fc2(F.gelu(fc1(x), approximate="tanh"))
     return model
 
@@ -70,9 +72,8 @@ def test_decode_plan_is_the_modules_with_rounded_rows(config, options):
     pictures = model.decode_plan(4, fp8=True, **options)(codes, noise)  # runs padded
     error = rms(expected - exact)
     assert rms(pictures - expected) <= SAME * error
-    # e4m3 moves a number by 2^-4 of it at most; roundings that know nothing of one another partly cancel, so what the
-    # blocks add to the picture moves by less.
-    assert 0 < error <= 2**-4 * rms(exact - without)
+    # Both factors of a product move by at most 2^-4; of sums, what the blocks add to the picture, it is less.
+    assert 0 < error <= 2**-3 * rms(exact - without)
 
 
 def test_encode_plan_is_the_modules_with_rounded_rows():
@@ -90,7 +91,7 @@ def test_which_layers(lo):
         for name, layer in getattr(first, stream)._asdict().items()
         if layer.w.dtype == torch.float8_e4m3fn
     }
-    assert low == {(stream, name) for stream in ("txt", "img") for name in ("qkv", "fc1")}
+    assert low == {(stream, name) for stream in ("txt", "img") for name in ("qkv", "fc1", "fc2")}
     # Of the dead stream's last block keys and values are left.
     assert last.txt.qkv.w.dtype == torch.float8_e4m3fn and last.txt[1:] == (None,) * 3
     assert last.txt.qkv.w.shape[0] * 3 == last.img.qkv.w.shape[0] * 2
@@ -99,8 +100,22 @@ def test_which_layers(lo):
 def test_in_bf16(lo):
     codes, noise = inputs(lo, 2)
     psnr = psnr_to_exact(lo, codes, noise, dtype=torch.bfloat16, fp8=True)
-    # 54 dB here, by the roundings of the tests above. Without any attention there are 34.
+    # 52.7 dB here, by the roundings of the tests above. Without any attention there are 34.
     assert ((psnr > 50) & torch.isfinite(psnr)).all()
+
+
+def test_by_triton():
+    """The kernels, interpreted, read the plan's views as the references do."""
+    if not INTERPRETED:
+        pytest.skip("Triton is not interpreted here; tests/engine/test_graph.py runs the kernels on a card")
+    model = make(model_config("tiny", image_size=8, latent_tokens=3))
+    codes, noise = inputs(model, 3)
+    plan = model.decode_plan(3, fp8=True, steps=1, guidance=1.0)
+    expected = plan(codes, noise)
+    with use("triton"):
+        pictures = plan(codes, noise)
+    error = rms(expected - model.decode(codes, noise=noise, steps=1, guidance=1.0))
+    assert 0 < rms(pictures - expected) <= SAME * error
 
 
 def test_where_it_cannot_run(lo, monkeypatch):

@@ -35,16 +35,21 @@ def log(monkeypatch) -> list[str]:
         yield
         current.pop()
 
-    product = torch.addmm
+    product, product_fp8 = torch.addmm, trunk_module.linear_fp8
 
     def addmm(b, x, w, *, out):
         found.append(f"{len(x)} rows on {current[-1].name}")
         return product(b, x, w, out=out)
 
+    def linear_fp8(x, *rest, **options):
+        found.append(f"{x.shape[-2]} rows on {current[-1].name}")
+        return product_fp8(x, *rest, **options)
+
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(trunk_module, "second_stream", lambda device, thread: side)
     monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(trunk_module, "linear_fp8", linear_fp8)
     return found
 
 
@@ -62,6 +67,21 @@ def test_forks_and_joins(lo, log, monkeypatch):
     both = [fork, latent, image, join]
     # Block 0: qkv, projection, second layer of the MLP. Of block 1, the last, the image rows alone after its keys.
     assert log == both * 3 + both + [image] * 2
+
+
+def test_forks_and_joins_with_fp8(lo, log):
+    """The same, where the first layer of the MLP is a product to be told of too."""
+    codes, noise = inputs(lo, 3)
+    options = {"steps": 1, "guidance": 1.0, "fp8": True}
+    exact = lo.decode_plan(3, **options)(codes, noise)
+    plan = lo.decode_plan(3, **options, overlap=True)
+    plan._trunk.overlap = True
+    log.clear()
+    assert torch.equal(plan(codes, noise), exact)
+    fork, join = "side waits for main", "main waits for side"
+    latent, image = "48 rows on side", "192 rows on main"
+    both = [fork, latent, image, join]
+    assert log == both * 2 + [fork, latent, latent, image, image, join] + both + [image] * 3
 
 
 def test_the_option_is_part_of_the_plan(lo):
