@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import KernelUnavailableError
+from ._heads import check_reach, head_parts, load_part, result_of, store_part
 from ._library import register, rows_contiguous, wants_grad
 from ._rows import Signature, signature
 from ._triton import INTERPRETED, cast, cdiv, dot, jit, next_power_of_2, tl
-from .attention_triton import load_part, result_of, store_part
 from .fp8 import FP8, FP8_MAX, TINY, implementation
 
 FORMATS = ("fp8", "int8")
@@ -43,10 +43,7 @@ class _Blocks(NamedTuple):
 
 def blocks(d: int, length: int) -> _Blocks:
     """Tile sizes for heads of d channels; 8-bit matrix units sum over 32 numbers at once."""
-    whole = next_power_of_2(d)
-    d1 = max(32, whole if whole == d else whole // 2)
-    d2 = max(32, next_power_of_2(d - d1)) if d > d1 else 0
-    return _Blocks(d1, d2, 128, max(32, min(128, next_power_of_2(length))), 8, 3)
+    return _Blocks(*head_parts(d, 32), 128, max(32, min(128, next_power_of_2(length))), 8, 3)
 
 
 class Quantized(NamedTuple):
@@ -318,8 +315,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, format: str) -> Tensor:
     length = k.shape[1]
     if q.numel() == 0:
         return o
-    if max(x.shape[1] * x.stride(1) for x in (q, k, v)) >= 2**31:
-        raise ValueError(f"{length} tokens span over 2^31 elements, the reach of this kernel; use backend='auto'")
+    check_reach(q, k, v)
     size = blocks(d, length)
     z = quantize(q, k, v, _low(format), size)
     n_blocks = z.k_scale.shape[2]

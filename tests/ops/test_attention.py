@@ -14,6 +14,7 @@ from flowmo_kernels import attention as module
 from .oracle import compare, compiles, judge, random, sliced
 
 triton_module = import_module("flowmo_kernels.attention_triton")
+backward_module = import_module("flowmo_kernels.attention_backward")
 Shape = tuple[int, int, int, int]
 DTYPES = [torch.float32, torch.bfloat16]
 # B, L, H, d: one token, tails in every tile, 64 + 32 channels, whole tiles, no image
@@ -24,13 +25,10 @@ REAL = [(1, 4352, 12, 96), (1, 4352, 12, 64), (1, 4351, 2, 96)]
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 and 16 rows, so that short sequences take several of them."""
-    whole = triton_module.blocks
-
-    def small(d: int, length: int, itemsize: int) -> object:
-        sizes = whole(d, length, itemsize)
-        return sizes._replace(forward=(32, 16, 4, 1), dkdv=(16, 32, 4, 1), dq=(32, 16, 4, 1))
-
-    monkeypatch.setattr(triton_module, "blocks", small)
+    forward, backward = triton_module.blocks, backward_module.blocks
+    monkeypatch.setattr(triton_module, "blocks", lambda *a: forward(*a)._replace(m=32, n=16, warps=4, stages=1))
+    tiles = {"dkdv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
+    monkeypatch.setattr(backward_module, "blocks", lambda *a: backward(*a)._replace(**tiles))
 
 
 def make(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -242,6 +240,7 @@ def test_library_ops(device: str) -> None:
     q, k, v = make((1, 5, 2, 16), torch.float32, device)
     ops = torch.ops.flowmo_kernels
     torch.library.opcheck(ops.attention_triton.default, (q, k, v, 0.5, False))
+    torch.library.opcheck(ops.attention_triton_inference.default, (q, k, v, 0.5, True))
     o, lse = ops.attention_triton(q, k, v, 0.5, False)
     torch.library.opcheck(ops.attention_triton_backward.default, (o.clone(), q, k, v, o, lse, 0.5))
 
