@@ -193,6 +193,21 @@ def cases(s: Sizes) -> list[Case]:
                      *modulation(dev, False, 1)),
         lambda x, branch, gate: fk.gate_residual(x, branch, gate, split=s.latent), 3 * u, size=2 * u)  # fmt: skip
 
+    # In fp8 y takes a byte a number and four a row: read x (and branch, and write x'), or u of width 4 D, and write y.
+    n, scales = u // item, s.batch * length * 4
+    add("norm_modulate_fp8", f"[{s.batch}, {length}, {s.width}]",
+        lambda dev: (randn(dev, s.batch, length, s.width), *modulation(dev, False, 2)),
+        lambda x, shift, scale: fk.norm_modulate_fp8(x, shift, scale, split=s.latent), u + n + scales)  # fmt: skip
+    add("gate_residual_norm_modulate_fp8", f"[{s.batch}, {length}, {s.width}]",
+        lambda dev: (randn(dev, s.batch, length, s.width), randn(dev, s.batch, length, s.width),
+                     *modulation(dev, False, 3)),
+        lambda x, branch, gate, shift, scale: fk.gate_residual_norm_modulate_fp8(
+            x, branch, gate, shift, scale, split=s.latent),
+        3 * u + n + scales, size=2 * u)  # fmt: skip
+    add("gelu_fp8", f"[{s.batch * length}, {4 * s.width}]",
+        lambda dev: (randn(dev, s.batch * length, 4 * s.width),), fk.gelu_fp8, 4 * u + 4 * n + scales,
+        size=4 * u)  # fmt: skip
+
     # Read 8 bytes a token, write E bits; and back.
     packed = s.batch * s.latent * factors * s.bits // 8
     add("pack_tokens", f"[{s.batch}, {s.latent * factors}] E={s.bits}",

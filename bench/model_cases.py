@@ -3,6 +3,8 @@
 Symbols: B images, T latent + N image = L tokens, D width, S = L D numbers of a row tensor, F forward passes a picture.
 FLOPs count multiply and add as two and only what a picture needs. Bytes are those of the memory-bound passes of a
 forward pass, 12 row tensors a block: residual + norm + modulate twice (4 each), query-key norm and rotation (4).
+Both are of the exact bf16 pass whatever the provider does, so that rows compare, and so is the roofline: a plan in fp8
+may pass 100 % of it. That one moves 17 row tensors a block: its norms write half (2 x 3.5), and GELU is a pass of 6.
 """
 
 from __future__ import annotations

@@ -120,12 +120,9 @@ fi
 BASELINES="published published+bf16"
 OPTIONS="plan+graph+tail6 plan+graph+tail10 plan+graph+cache plan+graph+attention8"
 FP8="plan+graph+fp8"
+OPTIONS="$OPTIONS $FP8 plan+graph+fp8+attention8 plan+graph+fp8+tail6"
 COMPILE=compile
-if [[ $REHEARSE == 1 ]]; then
-    FP8="" COMPILE=""
-else
-    OPTIONS="$OPTIONS $FP8 plan+graph+fp8+attention8 plan+graph+fp8+tail6"
-fi
+[[ $REHEARSE == 1 ]] && COMPILE=""
 
 # measure NAME LIMIT SECONDS ARGUMENTS...: rows of bench/model.py into NAME.csv, about so many seconds a row.
 # Plans come first in every list: they compile in seconds, the published execution in a minute or two.

@@ -26,6 +26,7 @@ from bench.cases import CARD, UNCOMPARED, Case, cases, tensors, with_gradients  
 from bench.timing import Peaks, environment, measure_peaks, rotations, time_on_card  # noqa: E402
 from flowmo_kernels import KernelUnavailableError, use  # noqa: E402
 from flowmo_kernels._dispatch import OPS  # noqa: E402
+from flowmo_kernels.fp8 import why_no_fp8  # noqa: E402
 
 # A bf16 result may differ from the reference by a rounding of each output and by the order of sums: relative error
 # of the whole tensor, 4 units of 2^-8. It catches wrong formulas; the tests judge precision.
@@ -46,6 +47,10 @@ def providers(case: Case) -> Iterator[tuple[str, Callable[..., Any]]]:
     compiled = torch.compile(case.forward, dynamic=False)
     yield "compile", under(case.op, "ref", with_gradients(compiled) if case.variant == "backward" else compiled)
     for implementation in OPS[case.op]:
+        reason = why_no_fp8(torch.device("cuda")) if case.op.endswith("fp8") else None
+        if reason is not None:
+            print(f"    no {implementation}: {reason}")
+            continue
         try:
             with use(**{case.op: implementation}):
                 pass

@@ -57,6 +57,7 @@ SWEEPS = [
           grid(rows=[1, 2, 4], iters=[1, 2, 4], num_warps=[1, 2, 4, 8])),
     Sweep("norm_residual_triton", "row_launch", "gate_residual_norm_modulate/backward",
           grid(rows=[1, 2], iters=[8, 16, 32, 64], num_warps=[2, 4, 8])),
+    Sweep("gelu_fp8", "row_launch", "gelu_fp8/forward", grid(iters=[1, 2, 4, 8], num_warps=[4, 8, 16])),
     Sweep("qk_norm_rope", "_launch", "qk_norm_rope/in place",
           grid(rows=[4, 8, 16, 32], iters=[1, 2], num_warps=[2, 4, 8])),
     Sweep("qk_norm_rope", "_launch", "qk_norm_rope/backward",
