@@ -73,6 +73,7 @@ def test_sweeps_replace_what_exists(index: int) -> None:
     arguments = {
         "row_launch": (1152, 34816, False), "_launch": (96, 34816, False), "forward_launch": (14,),
         "backward_launch": (14,), "boundary_launch": (1152, 48),
+        "blocks": (96, 4352, 2), "waves": (408, 68, 132),
     }.get(sweep.attribute)  # fmt: skip
     with tune.replaced(sweep, candidate):
         changed = getattr(module, sweep.attribute)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ import torch  # noqa: E402
 from bench.cases import CARD, Case, cases  # noqa: E402
 from bench.ops import AGREEMENT, disagreement, under  # noqa: E402
 from bench.timing import environment, rotations, time_on_card  # noqa: E402
+from flowmo_kernels import joint_attention  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,33 @@ def grid(**fields: list[Any]) -> list[dict[str, Any]]:
     """All combinations."""
     return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
 
+
+def attention_case(batch: int, d: int) -> Case:
+    """The engine's attention at the published length: logits known to be small, no gradient."""
+    shape = batch, 4352, 12, d
+
+    def make(device: str) -> tuple[Any, ...]:
+        return *(torch.randn(3, *shape, device=device).bfloat16().unbind(0)), 8 / d
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return joint_attention(q, k, v, scale, logit_bound=60.0)
+
+    size, flops = 6 * math.prod(shape), 4 * math.prod(shape) * 4352
+    name = str(list(shape))
+    return Case("joint_attention", "bounded", name, make, call, call, 4 * size // 3, flops, "compute", {}, size)
+
+
+ATTENTION = {f"{case.name} {case.shape}": case for case in (attention_case(b, d) for d in (96, 64) for b in (1, 8))}
+# A tile's sides are powers of two, so 192 rows are not to be had. Of 96 channels in 128 x 64 tiles a Hopper processor
+# holds one program of 8 warps, two with at most 128 registers or with 4 warps.
+ATTENTION_TILES = [
+    dict(zip(("m", "n", "warps", "stages", "registers"), tile))
+    for tile in [
+        (128, 64, 8, 3, None), (128, 64, 8, 3, 128), (128, 64, 8, 2, 128), (128, 64, 4, 3, None),
+        (128, 32, 8, 4, None), (128, 128, 8, 2, None), (128, 128, 8, 3, None), (256, 64, 8, 2, None),
+        (64, 64, 4, 3, None), (64, 64, 4, 2, None), (64, 128, 4, 2, None),
+    ]
+]  # fmt: skip
 
 SWEEPS = [
     Sweep("norm_residual_triton", "row_launch", "norm_modulate/forward",
@@ -76,6 +105,12 @@ SWEEPS = [
           grid(block_m=[16, 32, 64], block_d=[32, 64, 128], block_x=[64, 128], warps=[4, 8])),
     Sweep("optim", "CHUNK", "adam_hold_ema", grid(value=[4096, 8192, 16384, 32768, 65536])),
     Sweep("optim", "BLOCK", "adam_hold_ema", grid(value=[512, 1024, 2048])),
+    *(Sweep("attention_triton", "blocks", case, ATTENTION_TILES) for case in ATTENTION),
+    # 408 and 3264 tiles on 132 processors; parts = 1 splits nothing.
+    *(Sweep("attention_triton", "waves", f"joint_attention/bounded [1, 4352, 12, {d}]",
+            grid(whole=[396], parts=[1, 2, 4, 7, 10, 14, 23])) for d in (96, 64)),
+    *(Sweep("attention_triton", "waves", f"joint_attention/bounded [8, 4352, 12, {d}]",
+            grid(whole=[3168], parts=[1, 2, 4, 8])) for d in (96, 64)),
 ]  # fmt: skip
 
 
@@ -92,7 +127,8 @@ def replaced(sweep: Sweep, candidate: dict[str, Any] | None) -> Iterator[None]:
 
 
 def case_of(sweep: Sweep, all_cases: list[Case]) -> Case:
-    return next(case for case in all_cases if f"{case.name} {case.shape}".startswith(sweep.case))
+    every = [*ATTENTION.values(), *all_cases]
+    return next(case for case in every if f"{case.name} {case.shape}".startswith(sweep.case))
 
 
 def measure(case: Case, call: Callable[..., Any], repeats: int) -> tuple[str, float]:
