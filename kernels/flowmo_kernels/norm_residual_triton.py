@@ -93,10 +93,11 @@ def norm_residual_kernel(
             if ROW_SCALED:
                 # Masked columns are zero: normalise leaves zeros there, and the vectors are loaded as zeros.
                 b_most = tl.maximum(tl.max(tl.abs(b_hi), 1), tl.max(tl.abs(b_lo), 1))
-                b_row_scale = tl.maximum(b_most, 1e-12) / 448.0
-                tl.store(p_row_scale + i_b * length + o_row, b_row_scale, mask=m_row)
-                b_hi /= b_row_scale[:, None]
-                b_lo /= b_row_scale[:, None]
+                b_most = tl.maximum(b_most, 1e-12)
+                tl.store(p_row_scale + i_b * length + o_row, b_most / 448.0, mask=m_row)
+                b_factor = (448.0 / b_most)[:, None]  # one division a row
+                b_hi *= b_factor
+                b_lo *= b_factor
             dtype: tl.constexpr = p_y.dtype.element_ty
             store_rows(p_y + i_b * length * D, D, o_row, m_row, cast(b_hi, dtype), cast(b_lo, dtype), D, HI, LO)
 
