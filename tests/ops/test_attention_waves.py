@@ -46,15 +46,17 @@ def attend(monkeypatch: pytest.MonkeyPatch, shares: Waves, inputs: list[Tensor],
     calls = []
     combine = module.combine
 
-    def spy(*arguments: object) -> None:
-        calls.append(arguments)
-        combine(*arguments)
+    def spy(po: Tensor, pl: Tensor, o: Tensor, whole: int) -> None:
+        tiles = o.shape[0] * o.shape[2] * -(-o.shape[1] // po.shape[2])
+        assert po.shape[:2] == (tiles - whole, shares.parts) and pl.shape == po.shape[:3]
+        calls.append(whole)
+        combine(po, pl, o, whole)
 
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(module, "waves", lambda *a: shares)
         patch.setattr(module, "combine", spy)
         o = joint_attention(*inputs, scale, backend="triton", logit_bound=60.0, contiguous=False)
-    assert len(calls) == (shares.parts > 1)
+    assert calls == [shares.whole] * (shares.parts > 1)
     return o
 
 
@@ -102,6 +104,20 @@ def test_logits_at_the_bound(device: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert ((o - oracle).abs() <= 60 * 2**-22 * v.abs().max()).all()
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_combine_writes_the_rows_of_its_tiles_alone(parts: int, device: str) -> None:
+    """2 images, 2 heads, 5 rows of 24 channels in tiles of 4: two tiles a head, the last three of all are split."""
+    buffer = torch.full((4, 5, 2, 24), torch.nan, device=device)
+    po, pl = random(3, parts, 4, 24, device=device), random(3, parts, 4, device=device, seed=1).abs() + 1
+    module.combine(po, pl, buffer[1:3], 5)
+    expected = torch.full_like(buffer, torch.nan)
+    o = po.double().sum(1) / pl.double().sum(1)[..., None]
+    expected[2, 4, 0] = o[0, 0].float()
+    expected[2, :4, 1], expected[2, 4, 1] = o[1].float(), o[2, 0].float()
+    # Sums of two or three and a quotient, half a unit each.
+    torch.testing.assert_close(buffer, expected, rtol=2**-21, atol=2**-22, equal_nan=True)
+
+
 def test_real_shapes_are_shared_out_as_by_hand() -> None:
     # 4352 tokens, 12 heads, tiles of 128 rows and 64 keys, the 132 processors of a Hopper card
     assert waves(408, 68, 132) == Waves(396, 10)  # parts of 7 blocks; 11 would have no other length
@@ -112,6 +128,7 @@ def test_real_shapes_are_shared_out_as_by_hand() -> None:
     assert waves(4, 2, 132) == Waves(4, 1)  # short sequences: the second kernel costs more
     assert waves(396, 68, 132) == Waves(396, 1) and waves(408, 1, 132) == Waves(408, 1)
     assert waves(408, 68, 1) == Waves(408, 1) and waves(0, 68, 132) == Waves(0, 1)
+    assert waves(408, 0, 132) == Waves(408, 1)  # no keys
 
 
 def test_sharing_out_never_loses() -> None:
