@@ -187,7 +187,8 @@ def joint_attention(
             of "auto", without a gradient, and on a CPU the reference arithmetic.  `attention_backend` tells which one
             runs.
         logit_bound: a number no |scale * q k| exceeds, if one is known: after query-key RMSNorm with gains g_q, g_k
-            and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small.
+            and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small, and
+            without a gradient may then split the last rows over the keys (`attention_waves`).
         contiguous: whether o must be; else it comes as the backend writes it, which saves a copy where the tokens of
             several images lie side by side (most write o in the order of q).
 
