@@ -50,8 +50,10 @@ def main(arguments: list[str]) -> int:
     if options.checkpoint is None:
         raise ValueError("--checkpoint is not set: name a released .pth, a model folder or a run")
     options.skip = skipped_measures(options.skip)
+    cli.at_least(1, options, "batch", "limit", "size", "decodes")
+    cli.output_folder(options.out)
     if importlib.util.find_spec("matplotlib") is None and options.study != "modes":
-        raise ValueError("plots need matplotlib, which is not installed: pip install matplotlib")
+        raise ValueError('plots need matplotlib, which is not installed: pip install -e ".[eval]" -c constraints.txt')
     processes = Processes()
     try:
         device = resolve_device(options.device)
@@ -74,9 +76,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.analyse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.analyse", description=__doc__, formatter_class=cli.Help)
     p.add_argument("study", choices=("noise", "steps", "guidance", "modes"))
     p.add_argument("--checkpoint", help="released .pth, model folder, .safetensors or run")
     p.add_argument("--out", type=Path, default=Path("analysis"), help="folder for the CSV file and the picture")

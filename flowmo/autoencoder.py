@@ -151,8 +151,9 @@ class FlowMo(nn.Module):
         self._check_images(images)
         if not plan or not images.shape[0]:
             return codes_of_latent(self.latent(images.to(self.device, self.dtype)), self.config)
-        engine_plan = self.engine.encode_plan(self, images.shape[0], Execution(self._precision()))
-        return engine_plan.run(images).to(self.dtype)
+        with self.engine.lock:
+            engine_plan = self.engine.encode_plan(self, images.shape[0], Execution(self._precision()))
+            return engine_plan.run(images).to(self.dtype)
 
     def tokenize(
         self,
@@ -183,13 +184,13 @@ class FlowMo(nn.Module):
             raise TypeError(f"tokens: expected an integer tensor [B, {c.tokens}], got {got}")
         if tokens.ndim != 2 or tokens.shape[1] != c.tokens:
             raise ValueError(f"tokens: expected shape [B, {c.tokens}], got {list(tokens.shape)}")
-        size = c.vocabulary or 0
+        size, tokens = c.vocabulary or 0, tokens.long()
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise ValueError(
                 f"tokens: expected values in [0, {size}), got {int(tokens.min())} to {int(tokens.max())}; tokens of "
                 "another model?"
             )
-        return self.decode(token_codes(tokens.to(self.device).long(), c), **sampler)
+        return self.decode(token_codes(tokens.to(self.device), c), **sampler)
 
     @torch.no_grad()
     def decode(
@@ -230,9 +231,17 @@ class FlowMo(nn.Module):
             expected = f"[B, {c.latent_tokens}, {c.latent_channels}]"
             raise ValueError(f"codes: expected shape {expected}, got {list(codes.shape)}")
         shape = (codes.shape[0], 3, c.image_size, c.image_size)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            got = type(generator).__name__
+            raise TypeError(
+                f"generator: expected a torch.Generator, got {got}; torch.Generator().manual_seed(0) is one"
+            )
         if noise is None:
             source = generator.device if generator is not None else self.device
             noise = torch.randn(shape, generator=generator, device=source)
+        elif not isinstance(noise, Tensor) or not noise.is_floating_point():
+            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(f"noise: expected a float tensor {list(shape)}, got {got}")
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise: expected shape {list(shape)}, got {list(noise.shape)}")
         if codes.shape[0] == 0:
@@ -241,8 +250,9 @@ class FlowMo(nn.Module):
         noise = noise.to(self.device, torch.float32)
         schedule = self.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge)
         if plan:
-            engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, Execution(self._precision()))
-            return engine_plan.run(codes, noise)
+            with self.engine.lock:
+                engine_plan = self.engine.decode_plan(self, codes.shape[0], schedule, Execution(self._precision()))
+                return engine_plan.run(codes, noise)
         conditions = {True: self.condition(codes), False: self.condition(codes, keep=False)}
 
         def velocity(x: Tensor, t: Tensor, conditional: bool) -> Tensor:

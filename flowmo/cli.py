@@ -1,11 +1,19 @@
-"""What all commands share: errors of one paragraph, a traceback on request."""
+"""What all commands share: errors of one paragraph, a traceback on request, help with defaults, progress."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+import flowmo_kernels
 
 # Errors whose message is written for the user. Anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
@@ -17,6 +25,9 @@ def run(command: Callable[[list[str]], int | None]) -> None:
     logging.captureWarnings(True)
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    format_before = warnings.formatwarning
+    if not debug:  # where a warning comes from says nothing to who reads a command's output
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}"
     try:
         code = command([a for a in arguments if a != "--debug"])
     except KeyboardInterrupt:
@@ -28,4 +39,66 @@ def run(command: Callable[[list[str]], int | None]) -> None:
         else:
             print(f"error: {error}\n(--debug shows where)", file=sys.stderr)
         sys.exit(1)
+    finally:
+        warnings.formatwarning = format_before
     sys.exit(code or 0)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of every option that has one and does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said, default = action.help, action.default
+        if said is None or default in (None, False, "", argparse.SUPPRESS) or "default" in said:
+            return said
+        text = ",".join(map(str, default)) if isinstance(default, list) else str(default).replace("%", "%%")
+        return f"{said} (default: {text})"
+
+
+class Progress:
+    """A bar where standard error is a terminal, and elsewhere, as in the logs of a cluster, a line at every tenth.
+
+    Args:
+        total: pictures. whose: words behind the count, for one of several processes. shown: False for silence.
+    """
+
+    def __init__(self, total: int, whose: str = "", shown: bool = True) -> None:
+        self.total, self.whose, self.shown, self.done = total, whose, shown, 0
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit="picture", disable=not (shown and self.terminal))
+
+    def update(self, n: int) -> None:
+        before, self.done = self.done, min(self.done + n, self.total)
+        self.bar.update(self.done - before)
+        if self.shown and not self.terminal and 10 * self.done // self.total > 10 * before // self.total:
+            print(f"{self.done} of {self.total} pictures{self.whose}", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def kernels() -> str:
+    """`flowmo_kernels.describe()`, in few words on a machine without a card where nothing else was asked for."""
+    said = flowmo_kernels.describe()
+    return "kernels: plain PyTorch, no CUDA card" if said.startswith("kernels: auto on CPU; no triton") else said
+
+
+def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for the first of some options that was given and is smaller."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+
+
+def output_folder(path: Path) -> None:
+    """Check that results can be written into a folder, there already or not, before any work is done for them.
+
+    Raises:
+        OSError: a file has that name, or nothing can be written there.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"--out {path}: a file of that name is there; name a folder")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {path}: nothing can be written into {nearest}; name another folder")

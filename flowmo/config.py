@@ -321,6 +321,8 @@ def model_config(preset: str, **overrides: Any) -> ModelConfig:
     Raises:
         ConfigError: unknown preset or field, or sizes that do not fit together.
     """
+    if PRESETS.get(preset, {}).get("stage") == "maskgit":
+        raise ConfigError(f"preset {preset!r} is a generator of Stage 2, and no FlowMo model; flowmo.generator has it")
     return parse([preset, *(f"model.{k}={v}" for k, v in overrides.items())]).model
 
 
@@ -350,10 +352,10 @@ def parse(arguments: list[str]) -> Config:
             key, equals, _ = argument.partition("=")
             if not equals:
                 raise ConfigError(f"{argument!r}: expected key=value, for example trainer.steps=1000")
+            read = [k for k in known_keys() if not k.startswith(UNREAD[stage])]
             if key not in known_keys():
-                raise ConfigError(f"unknown key {key!r}{_nearest(key, known_keys())}")
-            if key.startswith(UNREAD[stage]):
-                read = [k for k in known_keys() if not k.startswith(UNREAD[stage])]
+                raise ConfigError(f"unknown key {key!r}{_nearest(key, read) or _nearest(key, known_keys())}")
+            if key not in read:
                 hint = "; its data are data.tokens" if key.startswith("data.") else _nearest(f"generator.{key}", read)
                 raise ConfigError(f"stage={stage} does not read {key}{hint if stage == 'maskgit' else ''}")
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([argument]))
@@ -395,6 +397,9 @@ def check(config: Config) -> None:
     ):
         if _value(config, key) < 1:
             raise ConfigError(f"{key}={_value(config, key)}: expected at least 1")
+    for key in ("optim.lr", "generator.optim.lr"):
+        if not 0 < _value(config, key) < math.inf:
+            raise ConfigError(f"{key}={_value(config, key)}: expected a positive number")
     if not 0 <= config.data.max_failed <= 1:
         raise ConfigError(f"data.max_failed={config.data.max_failed}: expected a share from 0 to 1")
     for key in ("loss.condition_dropout", "loss.noise_sync"):
@@ -449,6 +454,9 @@ def known_keys(node: Any = Config, prefix: str = "") -> list[str]:
 def _nearest(word: str, options: Any) -> str:
     """', did you mean X?' when something is close; a bare last part (steps=3) finds its full key."""
     options = list(options)
+    same = [o for o in options if o.rpartition(".")[2] == word]  # steps=3 for trainer.steps=3
+    if same:
+        return f"; did you mean {', '.join(same[:-1])}{' or ' if same[1:] else ''}{same[-1]}?"
     close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if not close:
         tails = {o.rsplit(".", 1)[-1]: o for o in reversed(options)}

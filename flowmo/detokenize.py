@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import flowmo_kernels
 from flowmo import cli
 from flowmo.data import save_png
+from flowmo.data.folder import readable_extensions
 from flowmo.format import SUFFIX, TokenFile, TokenFileError, file_layout
 from flowmo.solvers import SOLVERS
 from flowmo.tiles import TileDecoder
@@ -40,12 +40,17 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.out is None:
         raise ValueError("--out is not set: name a .png file, or a folder for several pictures")
-    one = len(inputs) == 1 and options.out.suffix.lower() == ".png"
-    if options.out.suffix.lower() == ".png" and not one:
+    cli.at_least(1, options, "batch", "steps")
+    suffix = options.out.suffix.lower()
+    if suffix != ".png" and suffix in readable_extensions():
+        raise ValueError(f"--out {options.out}: pictures are written as .png; name a .png file or a folder")
+    one = len(inputs) == 1 and suffix == ".png"
+    if suffix == ".png" and not one:
         raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")
     names = {path: options.out if one else options.out / relative.with_suffix(".png") for path, relative in inputs}
     if len(set(names.values())) < len(names):
         raise ValueError("two of the inputs have the same name; detokenize them into different --out folders")
+    cli.output_folder(options.out.parent if one else options.out)
     if one:
         TokenFile.read(inputs[0][0])  # a damaged file is said before a large model is loaded
 
@@ -59,7 +64,7 @@ def main(arguments: list[str]) -> int:
     )
     print(
         f"{len(inputs)} files, tokenizer {layout.tokenizer[:12]}, {options.solver}, {decoder.schedule.steps} steps, "
-        f"{decoder.schedule.forwards} forward passes a tile, on {model.device}; {flowmo_kernels.describe()}",
+        f"{decoder.schedule.forwards} forward passes a tile, on {model.device}; {cli.kernels()}",
         flush=True,
     )
     failed = 0
@@ -132,9 +137,7 @@ def describe(file: TokenFile) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.detokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.detokenize", description=__doc__, formatter_class=cli.Help)
     p.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{SUFFIX} files, or folders searched for them")
     p.add_argument("--out", type=Path, help="a .png file, or a folder for several pictures")
     p.add_argument(

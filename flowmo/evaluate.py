@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-import flowmo_kernels
 from flowmo import FlowMo, cli
 from flowmo.evaluation import (
     FlowMoTokenizer,
@@ -54,6 +53,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError("name one thing to score: --checkpoint C, --tokenizer module:callable, --watch RUN or "
                          f"--samples S; got {', '.join('--' + s for s in subjects) or 'none'}")  # fmt: skip
     options.skip = skipped_measures(options.skip)
+    cli.at_least(1, options, "batch", "limit", "size", "steps")
+    cli.output_folder((options.out or Path("evaluation.json")).parent)  # not after hours of work
     processes = Processes()
     try:
         device = torch.device(resolve_device(options.device))
@@ -69,9 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.evaluate", description=__doc__, formatter_class=cli.Help)
     p.add_argument("--checkpoint", help="released .pth, model folder, .safetensors or run")
     p.add_argument(
         "--tokenizer",
@@ -279,7 +278,7 @@ def surroundings(
         "batch": options.batch,
         "processes": processes.world,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "kernels": flowmo_kernels.describe(),
+        "kernels": cli.kernels().removeprefix("kernels: "),
         "versions": {
             "flowmo": flowmo.__version__,
             "torch": torch.__version__,

@@ -15,15 +15,13 @@ import torch
 
 from flowmo import FlowMo, cli
 from flowmo.engine import Schedule
-from flowmo.pretrained import save_file_with_config, save_released
+from flowmo.pretrained import config_text, save_file_with_config, save_released
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: list[str]) -> int:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.export", description=__doc__, formatter_class=cli.Help)
     p.add_argument("source", help="released .pth, model folder or training run")
     p.add_argument("out", type=Path, help="a .safetensors or .pth file, or a folder")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="cast the weights; default: as they are")
@@ -40,11 +38,11 @@ def main(arguments: list[str]) -> int:
                 f"{out}: the released layout cannot say that the quantizer is {c.quantizer}, and its readers would "
                 "take it for another; write a .safetensors file or a folder"
             )
-        save_released(model.state_dict(), out)
+        save_released(model.state_dict(), out, config=config_text(model))
         if model.sampler != Schedule():
             s = model.sampler
             own = f"--steps {s.steps} --rho {s.rho:g} --guidance {s.guidance:g}"
-            print(f"the released layout has no place for this decoder's own sampler: decode it with {own}")
+            print(f"other programs that read this layout do not know this decoder's own sampler, which is {own}")
     elif not out.suffix:
         model.save_pretrained(out)
     else:

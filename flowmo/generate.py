@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-import flowmo_kernels
 from flowmo import FlowMo, cli
 from flowmo.data import make_grid, save_png, to_uint8
 from flowmo.data.tokens import layout_of
@@ -44,8 +41,8 @@ BLOCK = 64  # pictures written at once
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    if options.n < 1 or options.batch < 1:
-        raise ValueError(f"--n {options.n} --batch {options.batch}: expected at least 1 picture")
+    cli.at_least(1, options, "n", "batch", "steps", "decoder_steps")
+    cli.output_folder(options.out)
     processes = distributed.join()
     rank, world = processes.rank, processes.world
     device = take_device(options.device, processes)
@@ -58,20 +55,20 @@ def main(arguments: list[str]) -> int:
     if processes.first:
         print(
             f"{len(labels)} pictures of {len(classes)} classes, {world} processes, {plan.describe()}, "
-            f"{dtype}; {flowmo_kernels.describe()}",
+            f"{dtype}; {cli.kernels()}",
             flush=True,
         )
         options.out.mkdir(parents=True, exist_ok=True)
     side = tokenizer.config.image_size
     with shared_pictures(options.out, (len(labels), side, side, 3), processes) as pixels:
         decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
-        bar = tqdm(total=len(labels), unit="picture", disable=not processes.first or not sys.stderr.isatty())
+        bar = cli.Progress(len(labels), shown=processes.first)
         for first, pictures in generate(plan, tokenizer, labels, options.seed, rank, world, **decoder):
             pixels[first : first + len(pictures)] = pictures.permute(0, 2, 3, 1).numpy()
             if not options.no_png:
                 for i, picture in enumerate(pictures, first):
                     save_png(picture, options.out / "pictures" / f"{i:06d}_{int(labels[i]):04d}.png")
-            bar.update(min(len(labels), len(pictures) * world))
+            bar.update(len(pictures) * world)  # the others are about as far
         bar.close()
         pixels.flush()
         distributed.barrier()
@@ -226,22 +223,20 @@ def sampler_config(options: argparse.Namespace) -> TokenSamplerConfig:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.generate", description=__doc__, formatter_class=cli.Help)
     p.add_argument("--tokenizer", required=True, help="released .pth, model folder or run")
     p.add_argument("--generator", required=True, help="model folder or run of Stage 2")
     p.add_argument("--classes", default="all", help="0,1,2 or 0-9 or names or all")
     # torchrun takes --n for one of its own options
     p.add_argument("--n", "--per-class", type=int, default=8, help="pictures of each class")
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=Path, help="folder of what is written")
     p.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only")
     p.add_argument("--batch", type=int, default=32, help="pictures at once")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of tokens and decoding noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA")
     tokens, d = p.add_argument_group("drawing tokens"), TokenSamplerConfig()
-    tokens.add_argument("--steps", type=int, default=d.steps)
+    tokens.add_argument("--steps", type=int, default=d.steps, help="passes of the generator")
     tokens.add_argument("--guidance", type=float, default=d.guidance, help="shift of the logits; 0 is off")
     tokens.add_argument("--guidance-form", default=d.guidance_form, choices=("shift", "interpolate"))
     tokens.add_argument("--guidance-decay", default=d.guidance_decay, choices=("constant", "linear", "cosine"))

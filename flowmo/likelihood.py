@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import flowmo_kernels
 from flowmo import FlowMo, cli
 from flowmo.engine import Schedule
 from flowmo.layers import patchify
@@ -171,14 +170,13 @@ def main(arguments: list[str]) -> int:
     from flowmo.tokenize import open_model
 
     options = parser().parse_args(arguments)
-    if options.batch < 1:
-        raise ValueError(f"--batch {options.batch}: expected at least 1 picture")
-    model = open_model(options.checkpoint, options.device, "fp32")
+    cli.at_least(1, options, "batch", "steps", "probes")
     inputs = collect(options.inputs)
+    model = open_model(options.checkpoint, options.device, "fp32")
     c = model.config
     print(
         f"{len(inputs)} pictures at {c.image_size} x {c.image_size}, {options.steps} steps, {options.probes} probes, "
-        f"on {model.device}; {flowmo_kernels.describe()}",
+        f"on {model.device}; {cli.kernels()}",
         flush=True,
     )
     generator = torch.Generator().manual_seed(options.seed)
@@ -202,9 +200,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.likelihood", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.likelihood", description=__doc__, formatter_class=cli.Help)
     p.add_argument("inputs", nargs="+", metavar="INPUT", type=Path, help="pictures, or folders searched for them")
     p.add_argument(
         "--checkpoint", help="released .pth, model folder or run; default: the small weights that come along"

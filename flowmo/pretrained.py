@@ -23,6 +23,7 @@ from torch import Tensor
 from flowmo.config import ModelConfig
 from flowmo.engine import Schedule
 from flowmo.files import atomic_write, write_tensors
+from flowmo.presets import PRESETS
 from flowmo.sampling import time_grid
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ENTROPY_BITS = {18: 9, 56: 14}  # of the published latent channel counts
 RAW, EMA = "model_state_dict", "model_ema_state_dict"
+CONFIG = "config"  # of a file in the released layout that is ours: readers of the authors' files look no further
 MOST_STEPS = 10_000
 SAMPLER = ("steps", "rho", "guidance")  # what a model's files may say of its sampler
 
@@ -54,12 +56,13 @@ def load(
 
     Args:
         path: a released checkpoint (`.pth`), a folder with `config.json` and `model.safetensors`, a training run
-            (its `model` folder is taken), or, with the `hub` extra, the name OWNER/NAME of a hub repository.
+            (its `model` folder is taken), "quickstart" for the weights that come along, or, with the `hub` extra, the
+            name OWNER/NAME of a hub repository.
         ema: of a released checkpoint, take the averaged weights (as published evaluations do) or the raw ones.
         dtype: cast the weights; None keeps the file's.
-        image_size, latent_tokens, entropy_bits, fsq_levels: what a released checkpoint cannot say. Everything else is
-            read off its shapes; entropy_bits follows from 18 or 56 latent channels, and `fsq_levels` says that the
-            quantizer is fsq.
+        image_size, latent_tokens, entropy_bits, fsq_levels: what a released checkpoint cannot say, unless
+            `flowmo.export` wrote it. Everything else is read off its shapes; entropy_bits follows from 18 or 56 latent
+            channels, and `fsq_levels` says that the quantizer is fsq.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -76,8 +79,14 @@ def load(
     elif path.suffix == ".safetensors":
         config, sampler, state = _read_safetensors(path)
     else:
-        state = _read_released(path, ema)
-        config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path), fsq_levels)
+        state, text = _read_released(path, ema)
+        if text is None:
+            config = infer_config(state, image_size, latent_tokens, entropy_bits, str(path), fsq_levels)
+        else:
+            try:
+                config, sampler = _parse_config(text)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{path}: its {CONFIG!r} is no model configuration: {error}") from error
     with torch.device("meta"):  # no time spent on initial weights that are replaced at once
         model = cls(config)
     check_keys(model.state_dict(), state, str(path))
@@ -91,16 +100,17 @@ def save(model: FlowMo, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file_with_config(model, folder / "model.safetensors")
-    atomic_write(folder / "config.json", lambda f: Path(f).write_text(_config_text(model)))
+    atomic_write(folder / "config.json", lambda f: Path(f).write_text(config_text(model)))
 
 
 def save_file_with_config(model: FlowMo, path: str | os.PathLike[str]) -> None:
     """Write one safetensors file that :func:`load` can read on its own: the configuration is in its metadata."""
     state = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
-    write_tensors(path, state, metadata={"config": _config_text(model)})
+    write_tensors(path, state, metadata={"config": config_text(model)})
 
 
-def _config_text(model: FlowMo) -> str:
+def config_text(model: FlowMo) -> str:
+    """The sizes, and the sampler of a decoder that has its own, as JSON."""
     content = asdict(model.config)
     if model.sampler != Schedule():  # a distilled decoder's
         content["sampler"] = {key: getattr(model.sampler, key) for key in SAMPLER}
@@ -113,9 +123,17 @@ def save_released(
     *,
     ema: Mapping[str, Tensor] | None = None,
     steps: int = 0,
+    config: str | None = None,
 ) -> None:
-    """Write a checkpoint in the released layout, for programs that read the authors' files."""
+    """Write a checkpoint in the released layout, for programs that read the authors' files.
+
+    Args:
+        config: text of :func:`config_text`, kept beside the weights: the layout itself says neither the picture's size
+            nor the number of latent tokens, and :func:`load` would take those of the released models.
+    """
     content = {"total_steps": steps, RAW: dict(state), EMA: dict(ema if ema is not None else state)}
+    if config is not None:
+        content[CONFIG] = config
     atomic_write(Path(path), lambda f: torch.save(content, f))
 
 
@@ -245,6 +263,9 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
         )
     if found.exists():
         return found
+    shipped = shipped_weights(path) if isinstance(path, str) and path.isidentifier() else None
+    if shipped is not None:
+        return shipped
     if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not found.suffix:
         try:
             from huggingface_hub import snapshot_download
@@ -253,10 +274,14 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
                 f"{path}: no such file or folder; to load it from a hub, install the extra: pip install flowmo[hub]"
             ) from error
         return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
-    raise FileNotFoundError(f"{path}: no such file or folder; expected a released .pth file, a model folder or a run")
+    hint = f"; the weights of preset {path} do not come along, name their file" if path in PRESETS else ""
+    raise FileNotFoundError(
+        f"{path}: no such file or folder; expected a released .pth file, a model folder or a run{hint}"
+    )
 
 
-def _read_released(path: Path, ema: bool) -> dict[str, Tensor]:
+def _read_released(path: Path, ema: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The weights, and the configuration where the file has one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -269,7 +294,8 @@ def _read_released(path: Path, ema: bool) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or key not in content:
         found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{path}: expected a released checkpoint with {key!r}, found {found}")
-    return dict(content[key])
+    text = content.get(CONFIG)
+    return dict(content[key]), text if isinstance(text, str) else None
 
 
 def _read_safetensors(path: Path) -> tuple[ModelConfig, Schedule, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ python -m flowmo.reconstruct photos/ --checkpoint flowmo_lo.pth --any-size    wh
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import flowmo_kernels
 from flowmo import FlowMo, cli
 from flowmo.data import ImageReadError, center_crop, find_images, load_image, resize_shorter, save_png, to_tensor
 from flowmo.metrics import psnr
 from flowmo.pretrained import shipped_weights
-from flowmo.tiles import reconstruct_blended, reconstruct_tiled
+from flowmo.tiles import TileDecoder, encode_tiles, grid_for, reconstruct_tiled
 from flowmo.training.loop import resolve_device
 
 SMALLEST_SIDE = 128  # models of smaller pictures work in tiles
@@ -29,8 +29,12 @@ SMALLEST_SIDE = 128  # models of smaller pictures work in tiles
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    if options.any_size and options.size:
+    if options.any_size and options.size is not None:
         raise ValueError("--any-size and --size: expected one of them")
+    cli.at_least(1, options, "size", "batch", "steps")
+    inputs = collect(options.inputs)  # what is wrong with the files is said before a large model is loaded
+    names = output_names(inputs)
+    cli.output_folder(options.out)
     if options.checkpoint is None:
         options.checkpoint = shipped_weights("quickstart")
         if options.checkpoint is None:
@@ -45,20 +49,22 @@ def main(arguments: list[str]) -> int:
     )
     if side % model.config.image_size:
         raise ValueError(f"--size {side}: expected a multiple of the model's {model.config.image_size} pixels")
-    inputs = collect(options.inputs)
     what = "in overlapping tiles" if options.any_size else f"at {side} x {side}"
     print(
         f"{len(inputs)} pictures {what}, {model.config.describe_code()}"
-        f"{' of a tile' if options.any_size else ''}, on {device}; {flowmo_kernels.describe()}"
+        f"{' of a tile' if options.any_size else ''}, on {device}; {cli.kernels()}"
     )
-    names = output_names(inputs)
     scores: list[float] = []
     bar = tqdm(total=len(inputs), unit="picture", disable=not sys.stderr.isatty())
     sampler = {"steps": options.steps, "rho": options.rho, "guidance": options.guidance}
+    if options.any_size:
+        logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every picture size may make a plan
+        decoder = TileDecoder(model, options.batch, **sampler)
     for paths, images in batches(inputs, None, 1) if options.any_size else batches(inputs, side, options.batch):
         if options.any_size:
-            parts = reconstruct_blended(model, list(images), batch=options.batch, seed=options.seed, **sampler)
-            out = torch.stack(parts).cpu()
+            grid = grid_for(model, *images.shape[-2:])
+            codes = encode_tiles(model, images[0], grid, options.batch)
+            out = torch.stack(decoder([(grid, codes)], seed=options.seed)).cpu()
         else:
             generator = torch.Generator().manual_seed(options.seed)
             out = reconstruct_tiled(model, images.to(device), generator=generator, **sampler).cpu()
@@ -75,9 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.reconstruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.reconstruct", description=__doc__, formatter_class=cli.Help)
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures, or folders searched for them")
     p.add_argument(
         "--checkpoint", help="released .pth, model folder or run; default: the small weights that come along"
@@ -96,12 +100,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def collect(inputs: list[str]) -> list[tuple[Path, Path]]:
-    """Every picture with its path below the input that named it."""
+    """Every picture with its path below the input that named it.
+
+    Raises:
+        FileNotFoundError: an input that does not exist, or a folder without pictures.
+    """
     found: list[tuple[Path, Path]] = []
     for name in inputs:
         root = Path(name)
-        for path in find_images(root):
-            found.append((path, path.relative_to(root) if root.is_dir() else Path(path.name)))
+        pictures = find_images(root)
+        if not pictures:
+            raise FileNotFoundError(f"{root}: no pictures in this folder")
+        found += [(path, path.relative_to(root) if root.is_dir() else Path(path.name)) for path in pictures]
     return found
 
 

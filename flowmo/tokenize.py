@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import flowmo_kernels
 from flowmo import FlowMo, cli
 from flowmo.data import (
     ArchiveImages,
@@ -65,8 +64,8 @@ from flowmo.training.loop import resolve_device
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    if options.batch < 1:
-        raise ValueError(f"--batch {options.batch}: expected at least 1 view")
+    cli.at_least(1, options, "batch", "size")
+    cli.at_least(0, options, "overlap", "workers")
     archives = bool(find_archives(options.data))
     if not archives and not Path(options.data).exists():
         raise FileNotFoundError(f"no such file or folder: {options.data}")
@@ -116,25 +115,20 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world: int
         print(
             f"{len(folder)} pictures in {len(folder.classes)} classes{left}; {header.views} views ({header.crop}) of "
             f"{layout.tokens} tokens of {layout.bits} bits, tokenizer {layout.tokenizer[:12]}, {header.dtype} on "
-            f"{device}; {flowmo_kernels.describe()}",
+            f"{device}; {cli.kernels()}",
             flush=True,
         )
     if world > 1:
         dist.barrier()  # nobody may mark pictures done before everybody has listed those that are not
     mine = todo[rank::world].tolist()
-    terminal, done = sys.stderr.isatty(), 0
-    bar = tqdm(total=len(mine), unit="picture", disable=rank > 0 or not terminal)
+    bar = cli.Progress(len(mine), f" of this process, one of {world}" if world > 1 else "", shown=rank == 0)
     for indices, views, failed in view_batches(folder, mine, options):
         for index, reason in failed:
             tqdm.write(f"skipped: {folder.paths[index]} ({reason})", file=sys.stderr)
         cache.mark_unreadable([index for index, _ in failed])
         if indices:
             cache.write(indices, encode(model, layout, views, options.batch))
-        before, done = done, done + len(indices) + len(failed)
-        bar.update(done - before)
-        if rank == 0 and not terminal and 10 * done // len(mine) > 10 * before // len(mine):
-            whose = f" of this process, one of {world}" if world > 1 else ""
-            print(f"{done} of {len(mine)} pictures{whose}", flush=True)
+        bar.update(len(indices) + len(failed))
     bar.close()
     if world > 1:
         dist.barrier()
@@ -217,20 +211,19 @@ def list_fingerprint(folder: Pictures) -> str:
 def write_files(options: argparse.Namespace) -> int:
     """A token file for each picture; 1 where some could not be read."""
     logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every picture size may make a plan
-    model = open_model(options.checkpoint, options.device, "fp32")
-    layout = file_layout(model)
-    if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
-        model.to(torch.bfloat16)
     inputs = collect([options.data])
-    if not inputs:
-        raise FileNotFoundError(f"{options.data}: no pictures in this folder")
     names = {path: name.with_suffix(SUFFIX) for path, name in output_names(inputs).items()}
     one = len(inputs) == 1 and options.out.suffix == SUFFIX
     if options.out.suffix == SUFFIX and not one:
         raise ValueError(f"--out {options.out}: {len(inputs)} pictures need a folder")
+    cli.output_folder(options.out.parent if one else options.out)
+    model = open_model(options.checkpoint, options.device, "fp32")
+    layout = file_layout(model)
+    if options.precision == "bf16" or (options.precision == "auto" and model.device.type == "cuda"):
+        model.to(torch.bfloat16)
     print(
         f"{len(inputs)} pictures, tokenizer {layout.tokenizer[:12]}, tiles of {model.config.image_size}, each "
-        f"{model.config.describe_code()}, on {model.device}; {flowmo_kernels.describe()}",
+        f"{model.config.describe_code()}, on {model.device}; {cli.kernels()}",
         flush=True,
     )
     failed = 0
@@ -275,9 +268,7 @@ def open_model(checkpoint: str | None, device: str, precision: str) -> FlowMo:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.tokenize", description=__doc__, formatter_class=cli.Help)
     p.add_argument("data", metavar="DATA", help="a picture, or a folder; for a cache, with one sub-folder to a class")
     p.add_argument("--checkpoint", help="the tokenizer: released .pth, model folder or run; a cache needs it named")
     p.add_argument("--out", required=True, type=Path, help="a .flowmo file, a folder of them, or that of the cache")

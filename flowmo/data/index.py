@@ -19,9 +19,7 @@ from flowmo.files import atomic_write
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flowmo.data.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m flowmo.data.index", description=__doc__, formatter_class=cli.Help)
     parser.add_argument("archives", nargs="+", help="tar archives, or folders or patterns of them")
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args(arguments)

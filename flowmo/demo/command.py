@@ -18,7 +18,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-import flowmo_kernels
+from flowmo import cli
 from flowmo.data import SamplePhotographsMissing, heldout_photographs, save_png
 from flowmo.demo.work import Studio, usual
 from flowmo.pretrained import shipped_weights
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
         examples = write_examples(Path(folder))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C: the pictures go too
-        print(f"model on {model.device}; {flowmo_kernels.describe()}")
+        print(f"model on {model.device}; {cli.kernels()}")
         print(f"open http://{options.host}:{options.port}/ in a browser; Ctrl-C ends the demo", flush=True)
         serve(studio, settings, examples, options.host, options.port)
     return 0
@@ -61,9 +61,7 @@ def write_examples(folder: Path) -> list[Path]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m flowmo.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m flowmo.demo", description=__doc__, formatter_class=cli.Help)
     p.add_argument(
         "--checkpoint", help="released .pth, model folder or run; default: the small weights that come along"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,14 @@ class Engine:
     Attributes:
         built: plans made so far. A number that keeps growing says that shapes or options alternate between more
             settings than are kept.
+        lock: held by `FlowMo.encode` and `FlowMo.decode`: plans and their buffers serve one thread at a time.
     """
 
     def __init__(self, kept_modulation: Modulation | None = None) -> None:
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._weights: OrderedDict[tuple[Any, ...], TransformerWeights] = OrderedDict()
         self._kept = kept_modulation  # of the one schedule that is left after drop_modulation
+        self.lock = threading.Lock()
         self.built = 0
 
     def __reduce__(self) -> tuple[Any, ...]:

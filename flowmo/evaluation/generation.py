@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from flowmo.cli import Progress
 from flowmo.evaluation.pictures import NpzPictures, Pictures, read_batches, spaced
 from flowmo.evaluation.processes import Processes
 from flowmo.metrics import Moments, frechet_distance, inception_score, precision_recall
@@ -60,7 +60,8 @@ def extract(
     processes = processes or Processes()
     mine = processes.share(indices)
     result = Features()
-    bar = tqdm(total=len(mine), unit="picture", disable=None if progress and processes.main else True)
+    whose = f" of this process, one of {processes.world}" if processes.world > 1 else ""
+    bar = Progress(len(mine), whose, shown=progress and processes.main)
     for places, pixels in read_batches(pictures, mine, batch, result.skipped, workers):
         out = inception(pixels.to(device))
         result.pool.append(out.pool.cpu())

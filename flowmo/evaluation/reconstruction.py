@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from flowmo.cli import Progress
 from flowmo.data import normalize, to_uint8
 from flowmo.evaluation.pictures import Pictures, read_batches
 from flowmo.evaluation.processes import Processes
@@ -139,7 +139,8 @@ def score_reconstruction(
     processes = processes or Processes()
     mine = processes.share(list(range(len(pictures))) if indices is None else indices)
     scores = Scores(codes=None if tokenizer.vocabulary is None else CodeCounts(tokenizer.vocabulary))
-    bar = tqdm(total=len(mine), unit="picture", disable=None if progress and processes.main else True)
+    whose = f" of this process, one of {processes.world}" if processes.world > 1 else ""
+    bar = Progress(len(mine), whose, shown=progress and processes.main)
     for places, pixels in read_batches(pictures, mine, batch, scores.skipped, workers):
         pixels = pixels.to(device)
         result = tokenizer(normalize(pixels), places)

@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m flowmo.generator.quickstart",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=cli.Help,
     )
     p.add_argument("--tokenizer", help="model folder or run; default: the small weights that come along")
     p.add_argument("--out", type=Path, default=Path("runs/generator_quickstart"))

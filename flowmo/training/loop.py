@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flowmo_kernels
+from flowmo import cli
 from flowmo.config import Config
 from flowmo.data import save_png
 from flowmo.generator.stage import MaskGIT
@@ -130,7 +130,7 @@ class Trainer(TrainState):
                 f"length: {length}",
                 f"data: {self.data.describe()}",
                 f"device {self.device}, {self.processes.world} processes x {c.trainer.accumulate} micro-batches of "
-                f"{micro}, precision {self.precision}, {flowmo_kernels.describe()}, {self.stage.describe()}",
+                f"{micro}, precision {self.precision}, {cli.kernels()}, {self.stage.describe()}",
             ]
         )
 

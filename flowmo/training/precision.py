@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -17,13 +18,17 @@ def resolve_device(name: str) -> torch.device:
     """auto: the first CUDA device, or the CPU.
 
     Raises:
-        ConfigError: a CUDA device is asked for and there is none.
+        ConfigError: a word that is no device, or CUDA where there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"trainer.device={name}: this PyTorch sees no CUDA device; use trainer.device=cpu")
+        raise ConfigError(
+            f"device {name}: this PyTorch sees no CUDA device; use cpu, or auto, which takes what is there"
+        )
     return device
 
 

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flowmo.training.report",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=cli.Help,
     )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="file to write; by default RUN/report.html")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmo import FlowMo, cli, detokenize, reconstruct, tokenize
+from flowmo import FlowMo, cli, detokenize, export, reconstruct, tokenize
 from flowmo.__main__ import commands
 from flowmo.__main__ import main as flowmo
 from flowmo.data import heldout_photographs, load_image, to_tensor
@@ -132,6 +132,46 @@ def test_reconstruct_at_any_size(tiny, model, tmp_path, capsys):
     assert f"{float(psnr(expected[None], image[None])):.2f} dB" in capsys.readouterr().out
 
 
+def test_a_folder_of_any_size_prepares_one_sampler(model, tmp_path, monkeypatch, capsys):
+    """One for each picture would be one CUDA graph for each picture."""
+    made: list[reconstruct.TileDecoder] = []
+    kind = reconstruct.TileDecoder
+    monkeypatch.setattr(reconstruct, "TileDecoder", lambda *a, **k: made.append(kind(*a, **k)) or made[-1])
+    for name in ("one", "two"):
+        photo(tmp_path / "photos" / f"{name}.png", size=(40, 40))
+    arguments = (tmp_path / "photos", "--out", tmp_path / "out", "--checkpoint", model, "--any-size", "--steps", 1)
+    assert run(reconstruct.main, *arguments) == 0
+    assert len(made) == 1 and "over 2 pictures" in capsys.readouterr().out
+
+
+def test_help_says_defaults(capsys):
+    with pytest.raises(SystemExit):
+        reconstruct.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tiles (default: 8)" in out and "folder for the PNG files (default: reconstructions)" in out
+    assert out.count("default: the model's own, 25") == 1 and "default: None" not in out
+
+
+def test_progress_without_a_terminal_is_a_line_at_every_tenth(capsys):
+    bar = cli.Progress(25, " of this process")
+    for n in [1] * 24 + [6]:  # more than there are: several processes count for each other
+        bar.update(n)
+    bar.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0] == "3 of 25 pictures of this process" and lines[-1].startswith("25 of 25")
+    quiet = cli.Progress(2, shown=False)
+    quiet.update(2)
+    assert not capsys.readouterr().out
+
+
+def test_an_exported_file_of_other_sizes_is_read_as_what_it_is(tiny, model, tmp_path, capsys):
+    """Picture size and latent tokens show in no weight's shape."""
+    assert export.main([str(model), str(tmp_path / "tiny.pth")]) == 0
+    loaded = FlowMo.from_pretrained(tmp_path / "tiny.pth")
+    assert loaded.config == tiny.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny.state_dict().values()))
+
+
 def mistakes(tmp_path: Path, model: Path) -> dict[str, tuple[str, list[object], str]]:
     """Name -> command, arguments, words of the message."""
     photo(tmp_path / "photo.png", size=(40, 40))
@@ -152,7 +192,7 @@ def mistakes(tmp_path: Path, model: Path) -> dict[str, tuple[str, list[object], 
         "two into one": ("detokenize", [good, good, *out, *main], "need a folder"),
         "no model": ("detokenize", [good, *out, "--checkpoint", tmp_path / "nothing"], "nothing"),
         "another model": ("detokenize", [good, *out, "--checkpoint", tmp_path / "other"], "made by tokenizer"),
-        "bad steps": ("detokenize", [good, *out, *main, "--steps", 0], "steps=0"),
+        "bad steps": ("detokenize", [good, *out, *main, "--steps", 0], "--steps 0: expected at least 1"),
         "no picture": ("tokenize", [tmp_path / "none.jpg", "--out", tmp_path / "x.flowmo", *main], "no such file"),
         "not a picture": ("tokenize", [tmp_path / "cut.flowmo", "--out", tmp_path / "x.flowmo", *main], "cannot read"),
         "wide overlap": ("tokenize", [tmp_path / "photo.png", "--out", tmp_path / "x.flowmo", "--overlap", 17, *main],
@@ -161,12 +201,20 @@ def mistakes(tmp_path: Path, model: Path) -> dict[str, tuple[str, list[object], 
         "empty folder to files": ("tokenize", [tmp_path / "empty", "--files", "--out", tmp_path / "t", *main],
                                   "no pictures"),
         "two sizes": ("reconstruct", [tmp_path / "photo.png", "--size", 32, "--any-size", *main], "one of them"),
+        "no batch": ("reconstruct", [tmp_path / "photo.png", "--batch", 0, "--any-size", *main], "--batch 0: expected"),
+        "negative size": ("reconstruct", [tmp_path / "photo.png", "--size", -32, *main], "--size -32: expected"),
+        "no device": ("reconstruct", [tmp_path / "photo.png", *main[:2], "--device", "gpu"], "'gpu': expected auto"),
+        "a file for a folder": ("reconstruct", [tmp_path / "photo.png", "--out", good, *main], "a file of that name"),
+        "no pictures": ("reconstruct", [tmp_path / "empty", *main], "no pictures in this folder"),
+        "the picture before the model": ("reconstruct", [tmp_path / "none.jpg", "--checkpoint", "nothing"], "none.jpg"),
+        "not a PNG": ("detokenize", [good, "--out", tmp_path / "x.jpg", *main], "name a .png file or a folder"),
         "likelihood of nothing": ("likelihood", [tmp_path / "cut.flowmo", *main], "none of the inputs"),
-        "likelihood without probes": ("likelihood", [tmp_path / "photo.png", "--probes", 0, *main], "probes=0"),
+        "likelihood without probes": ("likelihood", [tmp_path / "photo.png", "--probes", 0, *main], "--probes 0"),
     }  # fmt: skip
 
 
 def test_mistakes_are_one_paragraph(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name, (command, arguments, words) in mistakes(tmp_path, model).items():
         monkeypatch.setattr(sys, "argv", ["flowmo", *map(str, arguments)])
         capsys.readouterr()
@@ -177,7 +225,7 @@ def test_mistakes_are_one_paragraph(model, tmp_path, capsys, monkeypatch):
         assert end.value.code == 1, name
         assert words in message[0] and message[0].startswith("error: "), (name, err)
         assert message[1:] == ["(--debug shows where)"], (name, err)
-    assert not (tmp_path / "x.png").exists() and not (tmp_path / "x.flowmo").exists()
+    assert not list(tmp_path.glob("x.*"))
 
 
 def test_without_a_checkpoint_the_shipped_weights_do(tmp_path, capsys):

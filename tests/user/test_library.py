@@ -1,0 +1,61 @@
+"""The library as somebody meets it in a notebook: threads, near misses, names that messages mention."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import flowmo
+from flowmo import FlowMo, model_config
+from flowmo.config import ConfigError
+from flowmo.pretrained import shipped_weights
+
+
+def test_threads_share_a_model(tiny):
+    """A server's threads: every picture is that of its own tokens and noise, as if it had been alone."""
+    noises = torch.randn(12, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def work(noise):
+        codes = tiny.encode(noise.clamp(-1, 1))
+        return tiny.decode(codes, steps=6, noise=noise)
+
+    alone = [work(noise) for noise in noises]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, noises))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
+def test_near_misses_are_named(tiny):
+    codes = tiny.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator, got int"):
+        tiny.decode(codes, steps=1, generator=0)
+    with pytest.raises(TypeError, match=r"noise: expected a float tensor \[1, 3, 32, 32\], got ndarray"):
+        tiny.decode(codes, steps=1, noise=np.zeros((1, 3, 32, 32)))
+    with pytest.raises(ConfigError, match="is a generator of Stage 2"):
+        model_config("maskgit")
+
+
+def test_tokens_of_any_integer_kind(tiny):
+    tokens = tiny.tokenize(torch.zeros(1, 3, 32, 32))
+    noise = torch.zeros(1, 3, 32, 32)
+    expected = tiny.detokenize(tokens, steps=1, noise=noise)
+    for dtype in (torch.int16, torch.int32, torch.uint16):
+        assert torch.equal(tiny.detokenize(tokens.to(dtype), steps=1, noise=noise), expected)
+
+
+def test_names_that_messages_mention_need_no_import_of_their_own(monkeypatch):
+    monkeypatch.delattr(flowmo, "data")  # as in a process that has imported flowmo alone
+    assert flowmo.data.resize_shorter and flowmo.tiles.TileDecoder
+    with pytest.raises(AttributeError, match="no attribute 'dta'"):
+        flowmo.dta  # noqa: B018
+
+
+def test_the_weights_that_come_along_have_a_name():
+    if shipped_weights("quickstart") is None:
+        pytest.skip("this copy ships no quickstart weights")
+    assert FlowMo.from_pretrained("quickstart").config == model_config("quickstart")
+    with pytest.raises(FileNotFoundError, match="weights of preset lo do not come along"):
+        FlowMo.from_pretrained("lo")
