@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     cli.at_least(1, options, "batch", "limit", "size", "decodes")
     cli.output_folder(options.out)
     if importlib.util.find_spec("matplotlib") is None and options.study != "modes":
-        raise ValueError('plots need matplotlib, which is not installed: pip install -e ".[eval]" -c constraints.txt')
+        raise ValueError("plots need matplotlib, which is not installed: pip install matplotlib")
     processes = Processes()
     try:
         device = resolve_device(options.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowmo import FlowMo
+from flowmo import FlowMo, evaluate
 from flowmo.config import known_keys, parse
 from flowmo.generator.network import Generator
 from flowmo.training.flops import step_flops
@@ -154,6 +154,47 @@ def test_costs_are_those_of_the_code():
         total = whole * step_flops(config, False) + (config.trainer.steps - whole) * step_flops(config, True)
         digits = len(operations.partition(".")[2])
         assert round(total / 1e21, digits) == float(operations), run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_evaluations_name_all_weights_that_they_need(page):
+    """A measure whose weights are not named ends the command, unless it is left out by --skip."""
+    for block in blocks(page):
+        for words in block.commands() if block.kind == "bash" else []:
+            if "flowmo.evaluate" not in words and not {"flowmo.analyse", "modes"} & set(words) == {"flowmo.analyse"}:
+                continue
+            skipped = evaluate.skipped_measures(words[words.index("--skip") + 1]) if "--skip" in words else ()
+            judges = ["inception"] if "--samples" in words else ["inception", "lpips-vgg", "lpips-alex"]
+            for judge in judges:
+                left_out = judge.replace("inception", "fid") in skipped
+                assert left_out or f"--{judge}" in words, f"{page.name}, line {block.line}: --{judge} or --skip"
+
+
+def test_checkpoints_take_what_the_page_says():
+    """fp32 weights of everything; average and two moments of what learns; the decoder alone learns in Stage 1B."""
+    page = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"That is ([\d.]+) GB and ([\d.]+) GB for `lo` and `hi`, ([\d.]+) and ([\d.]+) GB for `small`, "
+        r"([\d.]+) and [\d.]+ GB for Stage 1B of `lo`.*?`lo` ends with (\d+) of them, (\d+) GB",
+        page,
+    )
+    assert said
+    found = []
+    for name in ("lo", "small"):
+        with torch.device("meta"):
+            model = FlowMo(name)
+        whole = sum(p.numel() for p in model.parameters())
+        idle = {id(p) for part in (model.encoder, model.decoder) for p in part.unread_parameters()}
+        learns = sum(p.numel() for p in model.parameters() if id(p) not in idle)
+        found += [4 * (whole + 3 * learns) / 1e9, 4 * whole / 1e9]
+        if name == "lo":
+            decoder = sum(p.numel() for p in model.decoder.parameters() if id(p) not in idle)
+            posttrain = 4 * (whole + 3 * decoder) / 1e9
+    t = parse(["lo"]).trainer
+    last = {t.steps - i * t.save_every for i in range(t.keep)}
+    kept = len(last | set(range(t.keep_every, t.steps + 1, t.keep_every)))
+    expected = [*(f"{x:.1f}" for x in (*found, posttrain)), str(kept), f"{kept * found[0]:.0f}"]
+    assert list(said.groups()) == expected
 
 
 def test_sizes_in_the_readme_are_those_of_the_models():
