@@ -49,7 +49,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said, default = action.help, action.default
-        if said is None or default in (None, False, "", argparse.SUPPRESS) or "default" in said:
+        none = default is None or default is False or default in ("", argparse.SUPPRESS)
+        if said is None or none or "default" in said:
             return said
         text = ",".join(map(str, default)) if isinstance(default, list) else str(default).replace("%", "%%")
         return f"{said} (default: {text})"

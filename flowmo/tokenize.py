@@ -92,6 +92,8 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world: int
     model = FlowMo.from_pretrained(options.checkpoint, dtype=torch.float32)
     layout = layout_of(model, options.grouping)
     model.to(device, dtype)
+    if options.workers is None:  # without a card the encoder needs the processors itself
+        options.workers = 8 if device.type == "cuda" else 0
     folder = open_pictures(options.data, model.config.image_size, options.index)
     header = TokenHeader(
         layout=layout,
@@ -279,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--index", type=Path, help="of a tar archive, as python -m flowmo.data.index writes it")
     p.add_argument("--grouping", default="parity", choices=GROUPINGS, help="channels of a token")
     p.add_argument("--batch", type=int, default=64, help="views at once")
-    p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    p.add_argument("--workers", type=int, help="processes that read pictures; default: 8 with a card, 0 without")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA")
     return p
