@@ -6,6 +6,7 @@ Everything here also works in a plain single process, where nothing is exchanged
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -43,8 +44,22 @@ def join() -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+        atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _leave() -> None:
+    """Leave the process group when Python is about to end, and end the threads that served it.
+
+    A thread of gloo's lets go of an exchange's tensors after everyone else has gone on, and asks Python's lock for it.
+    Where Python has begun to end by then, that takes the process along (SIGABRT), though all its work is done. The
+    threads end with the last reference to their group: ours, and those that models of DDP hold in cycles.
+    """
+    global _patient
+    _patient = None
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -244,6 +244,34 @@ def test_the_first_process_may_take_its_time() -> None:
     together(WAITING)
 
 
+LEAVES_NO_THREAD = """
+import atexit, os
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from flowmo.training import distributed, loop  # imported when there is a group, PyTorch's own functions would hold it
+
+def serving():
+    return sum((t / "comm").read_text().startswith("pt_gloo") for t in Path("/proc/self/task").iterdir())
+
+atexit.register(lambda: print("serving at the end:", serving()))  # runs after what join registers
+distributed.join()
+model = DistributedDataParallel(torch.nn.Linear(2, 2))
+model(torch.ones(1, 2)).sum().backward()
+model.cycle = model
+del model
+distributed.barrier()
+print("serving:", serving())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+def test_no_thread_of_gloo_outlives_the_run() -> None:
+    """One that asks for Python's lock when Python has begun to end aborts the process, now and then, under load."""
+    for printed in together(LEAVES_NO_THREAD):
+        assert "serving: 4\n" in printed and "serving at the end: 0\n" in printed
+
+
 def test_entropy_over_all_processes_and_its_gradient(tmp_path):
     together(ENTROPY, str(tmp_path / "out.pt"))
     found = torch.load(tmp_path / "out.pt", weights_only=True)
