@@ -56,9 +56,10 @@ def load(
 
     Args:
         path: a released checkpoint (`.pth`), a folder with `config.json` and `model.safetensors`, a training run
-            (its `model` folder is taken), "quickstart" for the weights that come along, or, with the `hub` extra, the
-            name OWNER/NAME of a hub repository.
-        ema: of a released checkpoint, take the averaged weights (as published evaluations do) or the raw ones.
+            (its `model` folder is taken), one of a run's `checkpoints/step_*`, "quickstart" for the weights that come
+            along, or, with the `hub` extra, the name OWNER/NAME of a hub repository.
+        ema: of a released checkpoint or one of a run, take the averaged weights (as published evaluations do) or the
+            raw ones.
         dtype: cast the weights; None keeps the file's.
         image_size, latent_tokens, entropy_bits, fsq_levels: what a released checkpoint cannot say, unless
             `flowmo.export` wrote it. Everything else is read off its shapes; entropy_bits follows from 18 or 56 latent
@@ -68,9 +69,11 @@ def load(
         FileNotFoundError: nothing at `path`.
         CheckpointError: not a FlowMo model, unsafe pickle, or missing, unexpected and wrongly shaped keys.
     """
-    path = _resolve(path)
     sampler = Schedule()
-    if path.is_dir():
+    if re.fullmatch(r"step_\d+(\.pt)?", Path(path).name) and Path(path).exists():
+        path = Path(path)
+        config, sampler, state = _read_training(path, ema)
+    elif (path := _resolve(path)).is_dir():
         config, sampler = read_config(path / "config.json")
         try:
             state = load_file(path / "model.safetensors")
@@ -278,6 +281,20 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"{path}: no such file or folder; expected a released .pth file, a model folder or a run{hint}"
     )
+
+
+def _read_training(path: Path, ema: bool) -> tuple[ModelConfig, Schedule, dict[str, Tensor]]:
+    """Of a training checkpoint, a file or a folder of shards; raises CheckpointError where it is a generator's."""
+    from flowmo.config import from_yaml
+    from flowmo.training import checkpoint  # late: training is built on models
+    from flowmo.training.distill import schedules
+
+    saved = checkpoint.read(path)
+    config = from_yaml(saved["config"])
+    if config.stage == "maskgit":
+        raise CheckpointError(f"{path}: a checkpoint of a generator (stage maskgit), where a tokenizer was expected")
+    state = {**saved["model"], **(saved["optimizer"]["average"] if ema else {})}
+    return config.model, max(schedules(config.distill)) if config.stage == "distill" else Schedule(), state
 
 
 def _read_released(path: Path, ema: bool) -> tuple[dict[str, Tensor], str | None]:

@@ -93,6 +93,8 @@ def show(trainer: Trainer, heldout: Mapping[str, Image.Image]) -> dict[str, obje
     grid_rows += [torch.cat([rows[n], reconstruct(m, train, config)]) for n, m in models.items()]
     path = save_png(make_grid(grid_rows, ["original", *models], scale=1, separator=4), run / "reconstructions.png")
     print(f"wrote {path}: {len(originals)} held-out photographs, then {len(train)} of the training ones")
+    print(f"a photograph of yours: python -m flowmo.reconstruct PHOTO --checkpoint {run} --any-size")
+    print("by the shipped weights: the same without --checkpoint; all commands: python -m flowmo")
     return {
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),

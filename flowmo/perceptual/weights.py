@@ -31,7 +31,7 @@ VGG16 = PublishedFile(
 LPIPS_VGG_HEADS = PublishedFile(
     "vgg.pth",
     "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    "by the PerceptualSimilarity project in lpips/weights/v0.1, and inside the torchmetrics package, which pip install torchmetrics brings",
+    "by the PerceptualSimilarity project in lpips/weights/v0.1, and inside the package torchmetrics (pip install it)",
 )
 ALEXNET = PublishedFile(
     "alexnet-owt-7be5be79.pth",
@@ -41,7 +41,7 @@ ALEXNET = PublishedFile(
 LPIPS_ALEX_HEADS = PublishedFile(
     "alex.pth",
     "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
-    "by the PerceptualSimilarity project in lpips/weights/v0.1, and inside the torchmetrics package, which pip install torchmetrics brings",
+    "by the PerceptualSimilarity project in lpips/weights/v0.1, and inside the package torchmetrics (pip install it)",
 )
 RESNET50 = PublishedFile(
     "resnet50-0676ba61.pth",

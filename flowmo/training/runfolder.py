@@ -26,6 +26,8 @@ FREE_KEYS = (
     *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
     *(f"generator.sampler.{f.name}" for f in fields(TokenSamplerConfig)),
     "generator.tokenizer",
+    # files that another machine has elsewhere; their digests are checked
+    *("loss.perceptual_weights", "loss.perceptual_heads", "posttrain.resnet_weights", "heldout.inception_weights"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 import flowmo
 from flowmo import FlowMo, model_config
-from flowmo.config import ConfigError
+from flowmo.config import ConfigError, parse
 from flowmo.pretrained import shipped_weights
+from flowmo.training.loop import Trainer
 
 
 def test_threads_share_a_model(tiny):
@@ -59,3 +61,27 @@ def test_the_weights_that_come_along_have_a_name():
     assert FlowMo.from_pretrained("quickstart").config == model_config("quickstart")
     with pytest.raises(FileNotFoundError, match="weights of preset lo do not come along"):
         FlowMo.from_pretrained("lo")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> list[str]:
+    """Of a run of two steps, which is there."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    short = ["trainer.steps=2", "trainer.sample_every=9", "trainer.device=cpu", "trainer.threads=1", f"run={run}"]
+    Trainer(parse(["tiny", *short])).fit()
+    return ["tiny", *short]
+
+
+def test_a_step_of_a_run_is_a_model(settings):
+    """Those that `trainer.keep_every` keeps can be measured later, and the best of them taken."""
+    run = Path(parse(settings).run)
+    step, model = (FlowMo.from_pretrained(path) for path in (run / "checkpoints" / "step_00000002.pt", run))
+    assert step.config == model.config and step.sampler == model.sampler
+    assert all(torch.equal(a, b) for a, b in zip(step.state_dict().values(), model.state_dict().values()))
+    raw = FlowMo.from_pretrained(run / "checkpoints" / "step_00000002.pt", ema=False)
+    assert not torch.equal(raw.decoder.img_in.weight, model.decoder.img_in.weight)
+
+
+def test_weight_files_may_lie_elsewhere_when_a_run_goes_on(settings):
+    moved = ["loss.perceptual_weights=elsewhere/vgg16-397923af.pth", "posttrain.resnet_weights=elsewhere/resnet50.pth"]
+    assert Trainer(parse([*settings, *moved])).resume()
