@@ -156,7 +156,7 @@ def test_costs_are_those_of_the_code():
         assert round(total / 1e21, digits) == float(operations), run
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=[*names, "README"])
 def test_evaluations_name_all_weights_that_they_need(page):
     """A measure whose weights are not named ends the command, unless it is left out by --skip."""
     for block in blocks(page):
