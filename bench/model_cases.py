@@ -41,6 +41,7 @@ PROVIDERS = (
     "plan",
     "plan+graph",
     "plan+graph+overlap",
+    "plan+graph+attention-triton",
     "plan+graph+tail6",
     "plan+graph+tail10",
     "plan+graph+cache",
@@ -49,13 +50,15 @@ PROVIDERS = (
     "plan+graph+fp8+attention8",
     "plan+graph+fp8+tail6",
 )
-# Words of a plan's name that change the picture, whose PSNR then stands beside the time, and what they stand for.
+# Words of a plan's name and what they stand for: options that change the picture, whose PSNR then stands beside the
+# time, and our own attention, which rounds in another order than the library's.
 CHANGES: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "tail6": lambda c: {"tail_merge": 6},
     "tail10": lambda c: {"tail_merge": 10},
     "cache": lambda c: {"cache": StepCache((13, 15, 17, 19, 21, 22, 23, 24), max(1, c.decoder_depth // 4))},
     "fp8": lambda c: {"fp8": True},
     "attention8": lambda c: {"attention": "fp8"},
+    "attention-triton": lambda c: {"attention": "triton"},
 }
 CHAIN = 8  # velocities of the chain in Stage 1B
 

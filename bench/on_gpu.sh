@@ -228,7 +228,7 @@ run_step() {
         ;;
     forward)
         measure model-forward 300 1 --model $LO --tasks forward encode --batch 8 1 $THIRTY_TWO \
-            --providers plan+graph $FP8 plan+graph+overlap triton $BASELINES eager
+            --providers plan+graph $FP8 plan+graph+overlap plan+graph+attention-triton triton $BASELINES eager
         ;;
     options)
         measure model-options 240 0.5 --model $LO --tasks decode --batch 8 1 --providers plan+graph $OPTIONS
