@@ -77,6 +77,9 @@ def main(arguments: list[str]) -> int:
     if not scores:
         raise ValueError("none of the inputs could be read as a picture")
     print(f"mean PSNR {sum(scores) / len(scores):.2f} dB over {len(scores)} pictures")
+    if len(scores) < len(inputs):
+        print(f"{len(inputs) - len(scores)} of {len(inputs)} inputs were skipped, as said above", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -33,7 +33,11 @@ class EncodePlan(Plan):
         self,
         images: Tensor,  # [b, 3, S, S] in [-1, 1], b at most the plan's batch
     ) -> Tensor:  # [b, T, C] codes in the plan's dtype
-        """Raises ValueError: images of another shape; RuntimeError: the model moved to another device."""
+        """Raises TypeError, ValueError: images of another dtype or shape; RuntimeError: the model moved elsewhere."""
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images: expected a float tensor in [-1, 1], got {images.dtype}; convert uint8 by x / 127.5 - 1"
+            )
         size, b = self.config.image_size, images.shape[0]
         if images.shape[1:] != (3, size, size) or not 1 <= b <= self.batch:
             expected = f"[b, 3, {size}, {size}] with b from 1 to {self.batch}"
