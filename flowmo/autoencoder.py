@@ -313,15 +313,11 @@ class FlowMo(nn.Module):
         """
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
-        plan = self.engine.decode_plan(
-            self,
-            batch,
-            self.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge),
-            Execution(dtype, graph, fp8, attention, overlap),
-            cache,
-            drop_modulation,
-        )
-        plan.capture()
+        schedule = self.schedule(steps, rho, guidance, guidance_interval, solver, tail_merge)
+        execution = Execution(dtype, graph, fp8, attention, overlap)
+        with self.engine.lock:
+            plan = self.engine.decode_plan(self, batch, schedule, execution, cache, drop_modulation)
+            plan.capture()
         return plan
 
     def encode_plan(
@@ -337,8 +333,9 @@ class FlowMo(nn.Module):
         """An encoder prepared for up to `batch` pictures: `plan(images) -> codes`; options as :meth:`decode_plan`."""
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else self.dtype
-        plan = self.engine.encode_plan(self, batch, Execution(dtype, graph, fp8, attention, overlap))
-        plan.capture()
+        with self.engine.lock:
+            plan = self.engine.encode_plan(self, batch, Execution(dtype, graph, fp8, attention, overlap))
+            plan.capture()
         return plan
 
     def _precision(self) -> torch.dtype:

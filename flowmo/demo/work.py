@@ -101,7 +101,7 @@ class Studio:
         self.max_side = 2 * self.side if max_side is None else max_side
         if self.max_side < self.side:
             raise ValueError(f"--max-side {max_side}: expected at least {self.side}, the side of a square")
-        self._lock = threading.Lock()  # plans are not for several threads at once
+        self._lock = threading.Lock()  # one visitor at a time
 
     def encode(self, path: str | os.PathLike[str], extent: str = SQUARE) -> Code:
         """The code of a picture file.

@@ -30,14 +30,14 @@ class Engine:
     Attributes:
         built: plans made so far. A number that keeps growing says that shapes or options alternate between more
             settings than are kept.
-        lock: held by `FlowMo.encode` and `FlowMo.decode`: plans and their buffers serve one thread at a time.
+        lock: held while a plan is made or runs: weights and buffers are shared, so threads take turns.
     """
 
     def __init__(self, kept_modulation: Modulation | None = None) -> None:
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._weights: OrderedDict[tuple[Any, ...], TransformerWeights] = OrderedDict()
         self._kept = kept_modulation  # of the one schedule that is left after drop_modulation
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.built = 0
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -36,8 +36,8 @@ class Plan(ABC):
     no host synchronization, no upload of numbers, inputs from the static buffers alone.
 
     The plan follows the model's weights: a call after they changed (optimizer step, `load_state_dict`) prepares them
-    again. A smaller batch than the plan's runs padded. Calls of one plan are ordered even from several streams; calls
-    from several threads are not.
+    again. A smaller batch than the plan's runs padded. Calls of one plan are ordered even from several streams; threads
+    take turns.
 
     Attributes:
         batch: pictures of a call, at most.
@@ -55,6 +55,7 @@ class Plan(ABC):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
         self._model = weakref.ref(model)
+        self._lock = model.engine.lock
         self.config = model.config
         self.batch, self.dtype, self.fp8 = batch, dtype, fp8
         self.device = model.device
@@ -90,8 +91,9 @@ class Plan(ABC):
             raise RuntimeError(
                 f"this plan runs on {self.device}, but the model is now on {model.device}: make a new plan"
             )
-        if model.engine.weights(model, self.part, self.dtype, self.fp8) is not self._weights:
-            self._prepare(model)
+        with self._lock:
+            if model.engine.weights(model, self.part, self.dtype, self.fp8) is not self._weights:
+                self._prepare(model)
 
     def capture(self) -> None:
         """Record the CUDA graph now; without effect where there is none to record."""
@@ -107,6 +109,10 @@ class Plan(ABC):
 
     def run(self, *inputs: Tensor) -> Tensor:
         """The plan on checked inputs of at most `batch` pictures, with the weights as last prepared."""
+        with self._lock:
+            return self._run_alone(*inputs)
+
+    def _run_alone(self, *inputs: Tensor) -> Tensor:
         n = inputs[0].shape[0]
         if self._calls and not self.captured:  # a first call is not worth a capture: there may be no second
             self.capture()

@@ -30,6 +30,21 @@ def test_threads_share_a_model(tiny):
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
+def test_threads_share_a_plan(tiny):
+    """One that is kept is also the one that `decode` runs with the same settings, and two threads may call it."""
+    noises = torch.randn(12, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    codes = [tiny.encode(noise.clamp(-1, 1)) for noise in noises]
+    plan = tiny.decode_plan(2, steps=6)
+
+    def work(i):
+        return tiny.decode(codes[i], steps=6, noise=noises[i]) if i % 3 == 0 else plan(codes[i], noises[i])
+
+    alone = [work(i) for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(12)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
 def test_near_misses_are_named(tiny):
     codes = tiny.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(TypeError, match=r"generator: expected a torch.Generator, got int"):
