@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from flowmo.autoencoder import FlowMo
 from flowmo.config import ModelConfig, model_config
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 _MODULES = ("data", "tiles", "format", "metrics", "pretrained", "evaluation", "generator", "likelihood")
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Modules that messages and documentation name, `flowmo.data` for one, without an import of their own."""
-    if name in _MODULES:
-        return importlib.import_module(f"flowmo.{name}")
-    raise AttributeError(f"module 'flowmo' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these modules
+
+    def __getattr__(name: str) -> ModuleType:
+        """Modules that messages and documentation name, `flowmo.data` for one, without an import of their own."""
+        if name in _MODULES:
+            return importlib.import_module(f"flowmo.{name}")
+        raise AttributeError(f"module 'flowmo' has no attribute {name!r}")

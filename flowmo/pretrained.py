@@ -70,7 +70,7 @@ def load(
         CheckpointError: not a FlowMo model, unsafe pickle, or missing, unexpected and wrongly shaped keys.
     """
     sampler = Schedule()
-    if re.fullmatch(r"step_\d+(\.pt)?", Path(path).name) and Path(path).exists():
+    if _is_training(Path(path)):
         path = Path(path)
         config, sampler, state = _read_training(path, ema)
     elif (path := _resolve(path)).is_dir():
@@ -283,6 +283,13 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     )
 
 
+def _is_training(path: Path) -> bool:
+    """Whether a path is a checkpoint of a run: a file `step_*.pt`, or a folder `step_*` that is no model folder."""
+    if path.is_dir():
+        return re.fullmatch(r"step_\d+", path.name) is not None and not (path / "config.json").is_file()
+    return re.fullmatch(r"step_\d+\.pt", path.name) is not None and path.is_file()
+
+
 def _read_training(path: Path, ema: bool) -> tuple[ModelConfig, Schedule, dict[str, Tensor]]:
     """Of a training checkpoint, a file or a folder of shards; raises CheckpointError where it is a generator's."""
     from flowmo.config import from_yaml
@@ -290,6 +297,11 @@ def _read_training(path: Path, ema: bool) -> tuple[ModelConfig, Schedule, dict[s
     from flowmo.training.distill import schedules
 
     saved = checkpoint.read(path)
+    if not {"config", "model", "optimizer"} <= saved.keys():
+        raise CheckpointError(
+            f"{path}: no checkpoint of a run, as its name says, but a file of {', '.join(sorted(map(str, saved))[:6])}; "
+            "give a released checkpoint another name"
+        )
     config = from_yaml(saved["config"])
     if config.stage == "maskgit":
         raise CheckpointError(f"{path}: a checkpoint of a generator (stage maskgit), where a tokenizer was expected")

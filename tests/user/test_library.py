@@ -12,7 +12,7 @@ import torch
 import flowmo
 from flowmo import FlowMo, model_config
 from flowmo.config import ConfigError, parse
-from flowmo.pretrained import shipped_weights
+from flowmo.pretrained import CheckpointError, save_released, shipped_weights
 from flowmo.training.loop import Trainer
 
 
@@ -95,6 +95,14 @@ def test_a_step_of_a_run_is_a_model(settings):
     assert all(torch.equal(a, b) for a, b in zip(step.state_dict().values(), model.state_dict().values()))
     raw = FlowMo.from_pretrained(run / "checkpoints" / "step_00000002.pt", ema=False)
     assert not torch.equal(raw.decoder.img_in.weight, model.decoder.img_in.weight)
+
+
+def test_what_is_called_a_step_need_not_be_one(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "step_100")
+    assert FlowMo.from_pretrained(tmp_path / "step_100").config == tiny.config
+    save_released(tiny.state_dict(), tmp_path / "step_100.pt")
+    with pytest.raises(CheckpointError, match=r"a file of model_ema_state_dict, .*; give a released checkpoint another"):
+        FlowMo.from_pretrained(tmp_path / "step_100.pt")
 
 
 def test_weight_files_may_lie_elsewhere_when_a_run_goes_on(settings):
