@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
                          f"--samples S; got {', '.join('--' + s for s in subjects) or 'none'}")  # fmt: skip
     options.skip = skipped_measures(options.skip)
     cli.at_least(1, options, "batch", "limit", "size", "steps")
-    cli.output_folder((options.out or Path("evaluation.json")).parent)  # not after hours of work
+    if subjects != ["watch"]:  # which writes into its run
+        output_file(options.out or Path("evaluation.json"))
     processes = Processes()
     try:
         device = torch.device(resolve_device(options.device))
@@ -122,6 +123,13 @@ def skipped_measures(text: str) -> tuple[str, ...]:
         if word not in SKIPPABLE:
             raise ValueError(f"--skip {word}: expected some of {', '.join(SKIPPABLE)}, lpips")
     return tuple(words)
+
+
+def output_file(path: Path) -> None:
+    """Check that the result can be written, not after hours of work. Raises OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path}: this is a folder; name a file, such as {path / 'evaluation.json'}")
+    cli.output_folder(path.parent)
 
 
 def load_model(path: str | Path, options: argparse.Namespace, device: torch.device) -> FlowMo:

@@ -298,9 +298,9 @@ def _read_training(path: Path, ema: bool) -> tuple[ModelConfig, Schedule, dict[s
 
     saved = checkpoint.read(path)
     if not {"config", "model", "optimizer"} <= saved.keys():
+        found = ", ".join(sorted(map(str, saved))[:6])
         raise CheckpointError(
-            f"{path}: no checkpoint of a run, as its name says, but a file of {', '.join(sorted(map(str, saved))[:6])}; "
-            "give a released checkpoint another name"
+            f"{path}: by its name a checkpoint of a run, but it holds {found}; give a released checkpoint another name"
         )
     config = from_yaml(saved["config"])
     if config.stage == "maskgit":

@@ -26,8 +26,14 @@ FREE_KEYS = (
     *("data.workers", "data.max_failed", "data.index", "checkpoint", "heldout.patience", "run"),
     *(f"generator.sampler.{f.name}" for f in fields(TokenSamplerConfig)),
     "generator.tokenizer",
-    # files that another machine has elsewhere; their digests are checked
-    *("loss.perceptual_weights", "loss.perceptual_heads", "posttrain.resnet_weights", "heldout.inception_weights"),
+)
+
+# Published files, which another machine has elsewhere: whatever is read is compared with the published digest.
+WEIGHT_FILES = (
+    "loss.perceptual_weights",
+    "loss.perceptual_heads",
+    "posttrain.resnet_weights",
+    "heldout.inception_weights",
 )
 
 
@@ -42,6 +48,8 @@ def check(run: Path, config: Config) -> None:
         return
     mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
     free = [k for k in FREE_KEYS if not (config.stage == "distill" and k in TEACHER_KEYS)]
+    # "random" stands for another network, whose numbers do not compare
+    free += [k for k in WEIGHT_FILES if "random" not in (mine[k], saved.get(k))]
     changed = [k for k in mine if k not in free and mine[k] != saved.get(k)]
     if changed:
         pairs = ", ".join(f"{k}={saved.get(k)} there and {mine[k]} here" for k in changed[:4])

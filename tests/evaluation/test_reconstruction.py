@@ -352,8 +352,10 @@ def test_commands_that_cannot_be_meant(tmp_path: Path) -> None:
         (["--tokenizer", "math:cos", "--skip", "fid,lpips"], "--size is not set"),
         (["--tokenizer", "math:cos", "--skip", "fid,lpips", "--size", "32"], "--data is not set"),
         (["--samples", "a.npz"], "--reference is not set"),
+        (["--checkpoint", "a", "--out", str(tmp_path)], "this is a folder; name a file"),
+        (["--checkpoint", "a", "--out", str(Path(__file__) / "a.json")], "a file of that name is there"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, OSError), match=words):
             evaluate.main(arguments)
 
 
@@ -371,7 +373,7 @@ def test_watch_scores_each_model_once_and_keeps_the_best(tmp_path: Path) -> None
     run = tmp_path / "run"
     run.mkdir()
     arguments = ["--watch", str(run), "--data", str(folder(tmp_path / "d", 2)), "--skip", "fid,lpips", "--steps", "1"]
-    arguments += ["--once", "--device", "cpu"]
+    arguments += ["--once", "--device", "cpu", "--out", str(tmp_path)]  # of no use here, nor looked at
     with pytest.raises(FileNotFoundError, match="no model yet"):
         evaluate.main(arguments)
     good, bad = model(), model()

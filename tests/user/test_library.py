@@ -101,10 +101,12 @@ def test_what_is_called_a_step_need_not_be_one(tiny, tmp_path):
     tiny.save_pretrained(tmp_path / "step_100")
     assert FlowMo.from_pretrained(tmp_path / "step_100").config == tiny.config
     save_released(tiny.state_dict(), tmp_path / "step_100.pt")
-    with pytest.raises(CheckpointError, match=r"a file of model_ema_state_dict, .*; give a released checkpoint another"):
+    with pytest.raises(CheckpointError, match=r"holds model_ema_state_dict, .*; give a released checkpoint"):
         FlowMo.from_pretrained(tmp_path / "step_100.pt")
 
 
 def test_weight_files_may_lie_elsewhere_when_a_run_goes_on(settings):
     moved = ["loss.perceptual_weights=elsewhere/vgg16-397923af.pth", "posttrain.resnet_weights=elsewhere/resnet50.pth"]
     assert Trainer(parse([*settings, *moved])).resume()
+    with pytest.raises(ConfigError, match=r"heldout\.inception_weights=None there and random here"):
+        Trainer(parse([*settings, "heldout.inception_weights=random"]))
