@@ -37,7 +37,8 @@ class Waves(NamedTuple):
 def waves(tiles: int, steps: int, processors: int) -> Waves:
     """The division of `tiles` row tiles of `steps` key blocks each that takes the least time on `processors`.
 
-    Programs run in waves of one to a processor; the tiles beyond the last full wave are the ones to split.
+    Programs run in waves of one to a processor; the tiles beyond the last full wave are the ones to split.  Of 64
+    channels two programs fit a processor and share its matrix units, so there the estimate is on the hopeful side.
     """
     plain = cdiv(tiles, processors) * (START + steps)
     rest = tiles % processors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -269,7 +270,7 @@ print("serving:", serving())
 def test_no_thread_of_gloo_outlives_the_run() -> None:
     """One that asks for Python's lock when Python has begun to end aborts the process, now and then, under load."""
     for printed in together(LEAVES_NO_THREAD):
-        assert "serving: 4\n" in printed and "serving at the end: 0\n" in printed
+        assert re.search(r"^serving: [1-9]", printed, re.M) and "serving at the end: 0\n" in printed
 
 
 def test_entropy_over_all_processes_and_its_gradient(tmp_path):
