@@ -253,8 +253,9 @@ class TileDecoder:
             for part in parts:
                 codes = torch.stack([pictures[t.picture][1][t.number] for t in part])
                 seen = torch.stack([states[t.picture][t.area] for t in part])
-                plan = self._plan(guided, len(parts[-1]) if captured else len(part))
-                velocity = plan.velocity(j, codes, seen)
+                with self.model.engine.lock:  # a plan's time and buffers are one evaluation's
+                    plan = self._plan(guided, len(parts[-1]) if captured else len(part))
+                    velocity = plan.velocity(j, codes, seen)
                 for tile, v in zip(part, velocity):
                     rows, columns = windows[tile.picture]
                     window = rows[tile.row][:, None] * columns[tile.column]

@@ -13,6 +13,7 @@ import flowmo
 from flowmo import FlowMo, model_config
 from flowmo.config import ConfigError, parse
 from flowmo.pretrained import CheckpointError, save_released, shipped_weights
+from flowmo.tiles import TileDecoder, encode_tiles, grid_for
 from flowmo.training.loop import Trainer
 
 
@@ -42,6 +43,20 @@ def test_threads_share_a_plan(tiny):
     alone = [work(i) for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(work, range(12)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+
+def test_threads_share_a_decoder_of_tiles(tiny):
+    decoder = TileDecoder(tiny, batch=4, steps=6)
+    grid = grid_for(tiny, 40, 40)
+    codes = encode_tiles(tiny, torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1, grid, 4)
+
+    def work(seed):
+        return decoder([(grid, codes)], seed=seed)[0]
+
+    alone = [work(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(8)))
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
