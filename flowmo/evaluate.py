@@ -41,6 +41,7 @@ from flowmo.evaluation.watch import Watch, follow
 from flowmo.files import atomic_write
 from flowmo.perceptual import WeightsMissing, load_inception, load_lpips, random_lpips
 from flowmo.perceptual.weights import sha256_of
+from flowmo.pretrained import weights_file
 from flowmo.training.loop import resolve_device
 
 SKIPPABLE = ("fid", "lpips-vgg", "lpips-alex", "sfid", "inception_score", "precision_recall")
@@ -213,8 +214,8 @@ def evaluate_reconstructions(
             steps=options.steps, rho=options.rho, guidance=options.guidance,
         )  # fmt: skip
         source = {"checkpoint": str(path), "weights": "raw" if options.raw else "averaged where the file has both"}
-        if Path(path).is_file():
-            source["sha256"] = sha256_of(path)
+        if file := weights_file(path):
+            source["sha256"] = sha256_of(file)
         return tokenizer, tokenizer.side, source
 
     if subject == "watch":

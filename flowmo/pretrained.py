@@ -283,6 +283,14 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     )
 
 
+def weights_file(path: str | os.PathLike[str]) -> Path | None:
+    """The one file that :func:`load` takes the weights from, or None where they are in shards; raises as it does."""
+    if _is_training(Path(path)):
+        return Path(path) if Path(path).is_file() else None
+    found = _resolve(path)
+    return found / "model.safetensors" if found.is_dir() else found
+
+
 def _is_training(path: Path) -> bool:
     """Whether a path is a checkpoint of a run: a file `step_*.pt`, or a folder `step_*` that is no model folder."""
     if path.is_dir():

@@ -5,6 +5,7 @@ Convention of the released checkpoints: x_t = t z + (1 - t) x with noise z, velo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ def time_grid(steps: int, rho: float = 4.0) -> list[float]:
     """t_i = ((n - i) / n)^rho for i = 0..n, from 1 to 0 (paper, eq. 14); rho = 1 is the unshifted sampler."""
     if steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1")
-    if rho <= 0:
+    if not 0 < rho < math.inf:
         raise ValueError(f"rho={rho}: expected a positive number; 1 spaces the steps evenly")
     return [((steps - i) / steps) ** rho for i in range(steps + 1)]
 
@@ -27,6 +28,8 @@ def guided_steps(times: Sequence[float], guidance: float, interval: tuple[float,
 
     The interval is in EDM noise-to-signal ratios s, with t = s / (1 + s); None guides every step.
     """
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance={guidance}: expected a finite number; 1 is no guidance")
     if guidance == 1.0:
         return [False] * (len(times) - 1)
     if interval is None:

@@ -102,13 +102,13 @@ def gelu_fp8(
         (values, scales): float8_e4m3fn [..., F] and fp32 [..., 1]; GELU(u) is about values * scales.
 
     Raises:
-        ValueError: u has no axis, or is not of a float dtype.
+        ValueError: u has no axis or no column, or is not of a float dtype.
         RuntimeError: a gradient is wanted.
         KernelUnavailableError: the CUDA device is older than compute capability 8.9.
     """
     refuse_gradient("gelu_fp8", u)
-    if u.dim() == 0 or not u.is_floating_point():
-        raise ValueError(f"u is {u.dtype} {tuple(u.shape)}; expected a float dtype and shape [..., F]")
+    if u.dim() == 0 or not u.shape[-1] or not u.is_floating_point():
+        raise ValueError(f"u is {u.dtype} {tuple(u.shape)}; expected a float dtype and shape [..., F] with F > 0")
     if implementation("gelu_fp8", u) == "ref":
         return gelu_fp8_ref(u)
     out: tuple[Tensor, Tensor] = _op(u)

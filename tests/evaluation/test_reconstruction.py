@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -417,6 +418,7 @@ def test_result_of_a_model_says_how_it_was_made(tmp_path: Path, capsys: pytest.C
     assert f"{saved['metrics']['psnr']:.6g}" in text and "protocol: released" in text
     p = saved["protocol"]
     assert p["sampler"]["steps"] == 2 and p["sampler"]["guidance"] == 1.5 and p["sampler"]["seed"] == 0
+    assert p["sha256"] == hashlib.sha256((tmp_path / "m" / "model.safetensors").read_bytes()).hexdigest()
     assert "cut off" in p["levels"] and p["left out"] == ["fid", "lpips-vgg", "lpips-alex"]
     assert p["subset"] == "all" and p["versions"]["torch"] == torch.__version__ and "central 32 x 32" in p["crop"]
     assert set(saved["metrics"]) >= {"psnr", "psnr_pooled", "ssim", "bits_per_pixel", "code_entropy", "codes_used"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,7 @@ def test_codes_noise_and_options_that_do_not_fit(model):
         (lambda: model.decode(codes, noise=torch.zeros(2, 3, 32, 32)), "[1, 3, 32, 32]"),
         (lambda: model.decode(codes, steps=0), "steps"),
         (lambda: model.decode(codes, rho=0.0), "rho"),
+        (lambda: model.decode(codes, guidance=math.nan), "guidance=nan: expected a finite number"),
         (lambda: model.decode(codes, guidance_interval=(2.0, 1.0)), "guidance_interval"),
     ):
         with pytest.raises((TypeError, ValueError)) as caught:

@@ -121,3 +121,5 @@ def test_bad_input() -> None:
         gelu_fp8(torch.zeros(()))
     with pytest.raises(ValueError, match="expected a float dtype"):
         gelu_fp8(torch.zeros(3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="with F > 0"):
+        gelu_fp8(torch.zeros(3, 0))

@@ -12,7 +12,7 @@ import torch
 import flowmo
 from flowmo import FlowMo, model_config
 from flowmo.config import ConfigError, parse
-from flowmo.pretrained import CheckpointError, save_released, shipped_weights
+from flowmo.pretrained import CheckpointError, save_released, shipped_weights, weights_file
 from flowmo.tiles import TileDecoder, encode_tiles, grid_for
 from flowmo.training.loop import Trainer
 
@@ -125,3 +125,15 @@ def test_weight_files_may_lie_elsewhere_when_a_run_goes_on(settings):
     assert Trainer(parse([*settings, *moved])).resume()
     with pytest.raises(ConfigError, match=r"heldout\.inception_weights=None there and random here"):
         Trainer(parse([*settings, "heldout.inception_weights=random"]))
+
+
+def test_the_file_of_the_weights_is_known(settings, tmp_path):
+    """So that a result can say what it was measured with."""
+    run = Path(parse(settings).run)
+    assert weights_file("quickstart") == shipped_weights("quickstart")
+    assert weights_file(run) == run / "model" / "model.safetensors" == weights_file(run / "model")
+    assert weights_file(run / "model" / "model.safetensors").samefile(weights_file(run))
+    step = run / "checkpoints" / "step_00000002.pt"
+    assert weights_file(step) == step
+    (tmp_path / "step_00000001").mkdir()
+    assert weights_file(tmp_path / "step_00000001") is None, "shards"
