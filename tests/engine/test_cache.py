@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import statistics
+import math
 import time
 
 import pytest
@@ -188,16 +188,20 @@ def test_a_plan_names_what_it_is(lo):
 
 
 def test_the_plan_is_faster_than_the_plain_sampler_on_a_cpu():
-    """Hoisting alone, at the quickstart's sizes: medians of interleaved runs, so that load on the machine hits both."""
+    """Hoisting alone, at the quickstart's sizes: processor time in turns, the least of each; other work only adds to it.
+
+    Alone on a machine the plain sampler takes 1.28 times as long; turns go on until a part of that shows.
+    """
     model = make("quickstart")
     codes, noise = inputs(model, 1)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for i in range(6):
+    least = {False: math.inf, True: math.inf}
+    for turn in range(20):
         for plan in (False, True):
-            start = time.perf_counter()
+            start = time.process_time()
             model.decode(codes, noise=noise, plan=plan)
-            if i:
-                times[plan].append(time.perf_counter() - start)
-    plain, planned = (statistics.median(t) for t in times.values())
-    print(f"\nplain {1e3 * plain:.1f} ms, plan {1e3 * planned:.1f} ms, ratio {plain / planned:.2f}")
-    assert plain > planned
+            if turn:
+                least[plan] = min(least[plan], time.process_time() - start)
+        if turn >= 5 and least[False] > 1.1 * least[True]:
+            break
+    print(f"\nplain {1e3 * least[False]:.1f} ms, plan {1e3 * least[True]:.1f} ms, {turn} turns")
+    assert least[False] > 1.1 * least[True]
