@@ -103,7 +103,7 @@ def test_work_of_a_forward_pass_of_the_published_model() -> None:
 
 
 def test_what_hoisting_gains_here() -> None:
-    """Published and plain execution against the plan, runs interleaved: prints the ratios, asserts the direction."""
+    """Published and plain execution against the plan, least of turns: prints the ratios, asserts the direction."""
     threads = torch.get_num_threads()
     if not ON_CARD:
         torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def test_what_hoisting_gains_here() -> None:
             if i:
                 samples.append(1e3 * (time.perf_counter() - start))
     torch.set_num_threads(threads)
-    published_ms, eager_ms, plan_ms = (percentiles(t, False).p50 for t in times)
+    published_ms, eager_ms, plan_ms = (min(t) for t in times)  # other work on the machine only adds
     print(f"\ndecode, batch 1, {names[2]} on {DEVICE}: {plan_ms:.1f} ms; "
           f"{published_ms / plan_ms:.2f} x published, {eager_ms / plan_ms:.2f} x plain sampler")  # fmt: skip
     assert plan_ms < eager_ms

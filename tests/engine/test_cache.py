@@ -188,7 +188,7 @@ def test_a_plan_names_what_it_is(lo):
 
 
 def test_the_plan_is_faster_than_the_plain_sampler_on_a_cpu():
-    """Hoisting alone, at the quickstart's sizes: processor time in turns, the least of each; other work only adds to it.
+    """Hoisting alone, at the quickstart's sizes: processor time in turns, the least of each; load only adds to it.
 
     Alone on a machine the plain sampler takes 1.28 times as long; turns go on until a part of that shows.
     """
