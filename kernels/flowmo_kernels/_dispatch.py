@@ -15,7 +15,9 @@ set before the import.  Asking for what this machine can never run is a `KernelU
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._triton import HAS_TRITON, INTERPRETED
+from ._triton import HAS_TRITON, INTERPRETED, triton
 
 IMPLEMENTATIONS = ("auto", "ref", "triton", "cuda")
 
@@ -75,6 +77,19 @@ def why_no_triton() -> str | None:
         return "the package triton is not installed (pip install triton; Linux only)"
     if not torch.cuda.is_available() and not INTERPRETED:
         return "there is no CUDA device, and TRITON_INTERPRET=1 was not set before flowmo_kernels was imported"
+    return why_no_interpreter() if INTERPRETED else None
+
+
+@functools.cache
+def why_no_interpreter() -> str | None:
+    """The reason why kernels cannot be interpreted with the installed packages, or None when they can."""
+    import numpy
+
+    found = triton.__version__, numpy.__version__
+    releases = [tuple(int(n) for n in re.findall(r"\d+", v)[:2]) for v in found]
+    if releases[0] < (3, 7) and releases[1] >= (2, 4):  # int() of an array with one element is an error since
+        way_out = "install Triton 3.7 or newer, or 'numpy<2.4'"
+        return f"the interpreter of Triton {found[0]} fails with NumPy {found[1]}: {way_out}"
     return None
 
 

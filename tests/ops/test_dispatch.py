@@ -120,6 +120,20 @@ def test_missing_implementations_are_errors_with_a_reason(monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="of interpreted kernels")
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.0+x", "2.5.2", True)],
+)
+def test_interpreter_that_numpy_has_left_behind(
+    monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str, works: bool
+) -> None:
+    monkeypatch.setattr(_dispatch, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setattr("numpy.__version__", numpy)
+    why = _dispatch.why_no_interpreter.__wrapped__()
+    assert why is None if works else why is not None and triton in why and "numpy<2.4" in why
+
+
 def test_ops_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, so that must be the one of the first tensor, in a list too."""
     current = [0]
