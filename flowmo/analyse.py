@@ -137,9 +137,10 @@ def sweep(
     """A row of settings and scores for each setting, on the same pictures with the same noise; empty off the first
     process."""
     rows = []
+    pictures: Pictures | None = None
     for setting in settings:
         tokenizer = FlowMoTokenizer(model, side=options.size, seed=options.seed, batch=options.batch, **setting)
-        pictures = load_pictures(options, tokenizer.side)
+        pictures = pictures or load_pictures(options, tokenizer.side)
         scores = score_reconstruction(
             tokenizer,
             pictures,

@@ -2,10 +2,12 @@
 
 reconstructions of a model, a run or anyone's function:
   python -m flowmo.evaluate --checkpoint C --data D --inception pt_inception-2015-12-05-6726825d.pth ...
+  python -m flowmo.evaluate --checkpoint C --data ILSVRC2012_img_val.tar ...
   python -m flowmo.evaluate --tokenizer mymodel:reconstruct --size 256 --data D ...
   python -m flowmo.evaluate --watch runs/lo --data D --limit 5000 ...
-generated pictures, from an .npz (arr_0) or a folder:
+generated pictures, from an .npz (arr_0), a folder or a tar archive:
   python -m flowmo.evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception W
+D: a folder, a tar archive (flat or with folders, also a tar of tars), a folder or pattern of shards; read in place.
 on several cards: torchrun --nproc-per-node 8 -m flowmo.evaluate ...
 """
 
@@ -16,6 +18,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 
 from flowmo import FlowMo, cli
 from flowmo.evaluation import (
+    ArchivePictures,
     FlowMoTokenizer,
     FolderPictures,
     ForeignTokenizer,
@@ -30,6 +34,7 @@ from flowmo.evaluation import (
     Processes,
     SamplePictures,
     Scores,
+    open_images,
     open_pictures,
     score_generation,
     score_reconstruction,
@@ -80,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
         help="a function from pictures [B, 3, H, W] in [-1, 1] to such pictures, or to (pictures, tokens)",
     )
     p.add_argument("--watch", type=Path, metavar="RUN", help="score each model that a training run saves")
-    p.add_argument("--samples", help="generated pictures: .npz with arr_0, or a folder")
-    p.add_argument("--reference", help="of --samples: reference .npz of the ADM evaluator, or a folder")
+    p.add_argument("--samples", help="generated pictures: .npz with arr_0, a folder or a tar archive")
+    p.add_argument("--reference", help="of --samples: reference .npz of the ADM evaluator, folder or archive")
     p.add_argument("--vocabulary", type=int, help="number of codes of a --tokenizer that returns tokens")
     p.add_argument("--steps", type=int, help="sampler steps; default: the model's own, 25 unless distilled")
     p.add_argument("--rho", type=float, help="time spacing, 1 is even; default: the model's own, 4")
@@ -96,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
 
 def add_shared_options(p: argparse.ArgumentParser) -> None:
     """Options that say on which pictures and by which judges."""
-    p.add_argument("--data", help="folder of pictures to reconstruct, or 'samples' for the held-out photographs")
+    p.add_argument("--data", help="pictures: a folder, tar archives, or 'samples' for the held-out photographs")
+    p.add_argument("--index", type=Path, help="of --data's archives, as python -m flowmo.data.index writes it")
     p.add_argument("--size", type=int, help="side of the crops; by default the model's. Larger ones go in tiles")
     p.add_argument("--limit", type=int, help="take so many pictures, evenly spaced")
     p.add_argument("--protocol", default="rounded", choices=PROTOCOLS, help="released: as the authors' evaluation")
@@ -140,11 +146,11 @@ def load_model(path: str | Path, options: argparse.Namespace, device: torch.devi
     return FlowMo.from_pretrained(path, ema=not options.raw, device=device, dtype=dtype)
 
 
-def load_pictures(options: argparse.Namespace, side: int) -> SamplePictures | FolderPictures:
+def load_pictures(options: argparse.Namespace, side: int) -> SamplePictures | FolderPictures | ArchivePictures:
     """The pictures of --data, cropped to side x side."""
     if options.data is None:
-        raise ValueError("--data is not set: name a folder of pictures, or --data samples for a trial")
-    return SamplePictures(side) if options.data == "samples" else FolderPictures(options.data, side)
+        raise ValueError("--data is not set: name a folder of pictures or a tar archive, or --data samples for a trial")
+    return SamplePictures(side) if options.data == "samples" else open_images(options.data, side, options.index)
 
 
 def load_judges(options: argparse.Namespace) -> Judges:
@@ -189,9 +195,10 @@ def evaluate_reconstructions(
     options: argparse.Namespace, subject: str, processes: Processes, device: torch.device
 ) -> None:
     judges = load_judges(options).to(device)
+    pictures_of = lru_cache(maxsize=1)(partial(load_pictures, options))  # a watch lists them, or reads headers, once
 
     def evaluate(tokenizer: FlowMoTokenizer | ForeignTokenizer, side: int, source: dict[str, Any]) -> dict[str, Any]:
-        pictures = load_pictures(options, side)
+        pictures = pictures_of(side)
         indices = spaced(len(pictures), options.limit)
         scores = score_reconstruction(
             tokenizer, pictures, judges, indices=indices, batch=options.batch, protocol=options.protocol,

@@ -11,9 +11,11 @@ A token cache, made once:
     python -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
     python -m flowmo.tokenize photos/ --checkpoint runs/lo --out tokens/ --crop ten-crop
     torchrun --nproc-per-node 8 -m flowmo.tokenize imagenet/train --checkpoint flowmo_lo.pth --out tokens/
+    python -m flowmo.tokenize ILSVRC2012_img_train.tar --checkpoint flowmo_lo.pth --out tokens/
 
-There DATA holds one folder of pictures to a class. The same command again goes on where it was stopped. A continuous
-model (quantizer kl or none) has no tokens for a cache; its token files hold real numbers of 16 bits.
+There DATA holds one folder, or one inner archive, of pictures to a class. The same command again goes on where it was
+stopped. A continuous model (quantizer kl or none) has no tokens for a cache; its token files hold real numbers of 16
+bits.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -213,7 +216,12 @@ def list_fingerprint(folder: Pictures) -> str:
 def write_files(options: argparse.Namespace) -> int:
     """A token file for each picture; 1 where some could not be read."""
     logging.getLogger("flowmo.engine").setLevel(logging.WARNING)  # every picture size may make a plan
-    inputs = collect([options.data])
+    inputs: list[tuple[Path, Path]]
+    read: Callable[[Path], Image.Image]
+    if find_archives(options.data):
+        inputs, read = archive_members(ArchiveImages(options.data, 1, index=options.index))
+    else:
+        inputs, read = collect([options.data]), load_image
     names = {path: name.with_suffix(SUFFIX) for path, name in output_names(inputs).items()}
     one = len(inputs) == 1 and options.out.suffix == SUFFIX
     if options.out.suffix == SUFFIX and not one:
@@ -231,7 +239,7 @@ def write_files(options: argparse.Namespace) -> int:
     failed = 0
     for path, _ in inputs:
         try:
-            picture = load_image(path)
+            picture = read(path)
         except ImageReadError as error:
             if one:
                 raise
@@ -250,6 +258,18 @@ def write_files(options: argparse.Namespace) -> int:
             flush=True,
         )
     return 1 if failed else 0
+
+
+def archive_members(archive: ArchiveImages) -> tuple[list[tuple[Path, Path]], Callable[[Path], Image.Image]]:
+    """The pictures of archives as :func:`collect` lists those of folders, and what reads one of them."""
+    numbers: dict[Path, int] = {}
+    inputs = []
+    for i, path in enumerate(archive.paths):
+        packed, *parts = PurePosixPath(path).parts
+        inside = [part for part in parts if part not in ("/", "..")]  # nothing is written outside of --out
+        numbers[Path(path)] = i
+        inputs.append((Path(path), Path(*([Path(packed).stem] if archive.archives > 1 else []), *inside)))
+    return inputs, lambda path: archive.read(numbers[path])
 
 
 def open_model(checkpoint: str | None, device: str, precision: str) -> FlowMo:
@@ -271,7 +291,9 @@ def open_model(checkpoint: str | None, device: str, precision: str) -> FlowMo:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m flowmo.tokenize", description=__doc__, formatter_class=cli.Help)
-    p.add_argument("data", metavar="DATA", help="a picture, or a folder; for a cache, with one sub-folder to a class")
+    p.add_argument(
+        "data", metavar="DATA", help="a picture, a folder or tar archives; for a cache, one sub-folder to a class"
+    )
     p.add_argument("--checkpoint", help="the tokenizer: released .pth, model folder or run; a cache needs it named")
     p.add_argument("--out", required=True, type=Path, help="a .flowmo file, a folder of them, or that of the cache")
     p.add_argument("--files", action="store_true", help="of a folder, a .flowmo file for each picture, and no cache")

@@ -15,16 +15,17 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image
 
-from flowmo.data.folder import Pictures, readable_extensions
+from flowmo.data.folder import Pictures, readable_extensions, recognised
 from flowmo.data.transforms import ImageReadError, PathLike, decode_image
 
 _BLOCK = 512  # bytes of a tar header
 _CHECKED = 64  # entries of an index that are compared with the archive at the start
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _SYNSET = re.compile(r"(n\d{8})_")
 
 
@@ -59,8 +60,13 @@ class Entry:
 
 
 def find_archives(source: PathLike) -> list[Path]:
-    """The tar archives that a path names, sorted: itself, those in a folder that holds some, or those of a pattern."""
+    """The tar archives that a path names, sorted: itself, those in a folder that holds some, or those of a pattern.
+
+    Raises ArchiveError for a compressed archive, in which nothing can be read in place.
+    """
     path = Path(source)
+    if path.name.lower().endswith(_COMPRESSED) and path.is_file():
+        raise ArchiveError(f"{path}: a compressed archive cannot be read in place; unpack it to .tar, or to a folder")
     if path.is_dir():
         return sorted(p for p in path.glob("*.tar") if p.is_file())
     if path.is_file():
@@ -72,7 +78,8 @@ def find_archives(source: PathLike) -> list[Path]:
 def scan(path: Path) -> list[Entry]:
     """Every picture of an archive, those of archives inside it as well, by reading all headers.
 
-    A member counts as a picture by its ending. A member KEY.cls beside KEY.jpg holds the label, as in webdatasets.
+    A member counts as a picture, and hidden ones do not, as files in a folder do (see find_images). A member KEY.cls
+    beside KEY.jpg holds the label, as in webdatasets.
 
     Raises:
         ArchiveError: cut short, compressed, or no tar archive.
@@ -80,7 +87,7 @@ def scan(path: Path) -> list[Entry]:
     with open(path, "rb") as file:
         entries = list(_scan(file, path, "", os.path.getsize(path)))
     if not entries:
-        raise ArchiveError(f"{path}: no picture in it, by the endings that Pillow reads (.jpg, .png, .webp ...)")
+        raise ArchiveError(f"{path}: no picture in it that Pillow recognises (.jpg, .png, .webp ...)")
     return entries
 
 
@@ -96,7 +103,7 @@ def _scan(file: BinaryIO, path: Path, inside: str, end: int) -> Iterator[Entry]:
     inner: list[tuple[str, int, int]] = []
     try:
         for member in archive:
-            if not member.isfile():
+            if not member.isfile() or _hidden(member.name):
                 continue
             if member.offset_data + member.size > end:
                 raise ArchiveError(f"{where}: cut short in {member.name}; fetch the archive again")
@@ -107,7 +114,7 @@ def _scan(file: BinaryIO, path: Path, inside: str, end: int) -> Iterator[Entry]:
             elif ending == ".cls":
                 file.seek(member.offset_data)
                 labels[stem] = int(file.read(member.size))
-            elif ending.lower() in readable_extensions():
+            elif ending.lower() in readable_extensions() or recognised(cast(BinaryIO, archive.extractfile(member))):
                 pictures.append(place)
         file.seek(archive.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
@@ -120,6 +127,11 @@ def _scan(file: BinaryIO, path: Path, inside: str, end: int) -> Iterator[Entry]:
     for name, offset, size in inner:
         file.seek(offset)
         yield from _scan(file, path, prefix + name, offset + size)
+
+
+def _hidden(name: str) -> bool:
+    """Whether the file or a folder above it begins with a dot; macOS puts ._NAME.jpg beside every NAME.jpg."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
 
 
 def read_index(index: PathLike, archives: list[Path]) -> list[Entry]:
@@ -191,7 +203,7 @@ class ArchiveImages(Pictures):
 
     Attributes:
         paths: "ARCHIVE/NAME" of each picture. labels: what the archive says, else the index of its class in `classes`
-            (ImageNet's synsets, or first folders, sorted), else -1.
+            (ImageNet's synsets, or first folders, sorted), else -1. archives: how many there are.
 
     Raises:
         FileNotFoundError: no archive there. ArchiveError: cut short, or an index of another archive.
@@ -221,6 +233,7 @@ class ArchiveImages(Pictures):
             entries = [entry for archive in archives for entry in scan(archive)]
         entries.sort(key=lambda e: (PurePosixPath(e.name).name, e.name, e.archive))
         self._files = {path.name: path for path in archives}
+        self.archives = len(archives)
         self._archives = [e.archive for e in entries]
         self._offsets = np.array([e.offset for e in entries], dtype=np.int64)
         self._sizes = np.array([e.size for e in entries], dtype=np.int64)
@@ -228,25 +241,15 @@ class ArchiveImages(Pictures):
         self.classes = sorted({g for e in entries if e.label is None and (g := e.group) is not None})
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = [e.label if e.label is not None else number.get(e.group or "", -1) for e in entries]
-        self._open: dict[str, int] = {}
-        self._process = -1
 
     def read(self, at: int) -> Image.Image:
         size = int(self._sizes[at])
-        data = os.pread(self._handle(self._archives[at]), size, int(self._offsets[at]))
+        # Opened anew, as a picture of a folder is: shards may be more than a process can keep open, threads may read.
+        with open(self._files[self._archives[at]], "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, int(self._offsets[at]))
         if len(data) != size:
             raise ImageReadError(self.paths[at], "the archive ends inside it")
         return decode_image(io.BytesIO(data), self.paths[at])
-
-    def _handle(self, archive: str) -> int:
-        if self._process != os.getpid():  # a worker process opens files of its own
-            self._open, self._process = {}, os.getpid()
-        if archive not in self._open:
-            self._open[archive] = os.open(self._files[archive], os.O_RDONLY)
-        return self._open[archive]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_process": -1}
 
     def describe(self) -> str:
         """One line for the log."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def find_images(root: PathLike) -> list[Path]:
         raise FileNotFoundError(f"no such file or folder: {root}")
     if root.is_file():
         return [root]
-    found = (path for path in _walk(root, ()) if path.suffix.lower() in readable_extensions() or _sniff(path))
+    found = (path for path in _walk(root, ()) if path.suffix.lower() in readable_extensions() or recognised(path))
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -91,9 +91,10 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _sniff(path: Path) -> bool:
+def recognised(file: Path | BinaryIO) -> bool:
+    """Whether Pillow takes the first bytes of a file for a picture's."""
     try:
-        with Image.open(path):
+        with Image.open(file):
             return True
     except Exception:  # as many kinds as there are decoders; here every one means "not a picture"
         return False

@@ -1,11 +1,11 @@
-"""Pictures to evaluate on: folders, the held-out sample photographs, and `.npz` files of the ADM evaluator."""
+"""Pictures to evaluate on: folders, tar archives, held-out sample photographs, `.npz` files of the ADM evaluator."""
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmo.data import ImageReadError, center_crop, find_images, heldout_photographs, load_image, resize_shorter
+from flowmo.data import (
+    ArchiveImages,
+    ImageReadError,
+    center_crop,
+    find_images,
+    heldout_photographs,
+    load_image,
+    resize_shorter,
+)
+from flowmo.data.archive import find_archives
 from flowmo.data.transforms import PathLike
 
 
@@ -52,11 +61,45 @@ class FolderPictures:
         return len(self.paths)
 
     def read(self, index: int) -> Tensor:
-        img = load_image(self.paths[index])
-        return _pixels(img if self.size is None else center_crop(resize_shorter(img, self.size), self.size))
+        return _square(load_image(self.paths[index]), self.size)
 
     def describe(self) -> dict[str, Any]:
         return {"pictures": str(self.root), "order": "sorted by path", "crop": _crop(self.size)}
+
+
+class ArchivePictures:
+    """The pictures in tar archives, read in place, in the order of the folder that they would unpack to.
+
+    Args:
+        source, index: as for ArchiveImages, which reads them; no labels are needed.
+        size: as for FolderPictures.
+
+    Attributes:
+        names: paths inside the archive, with that of the archive before it where there are several.
+
+    Raises:
+        FileNotFoundError: no archive there. ArchiveError: cut short, or an index of another archive.
+    """
+
+    def __init__(self, source: PathLike, size: int | None, index: PathLike | None = None) -> None:
+        self.size, self.archives = size, find_archives(source)
+        self._images = ArchiveImages(source, size or 1, index=index, crop="center")
+        found = [str(path).split("/", 1) for path in self._images.paths]
+        keys = [(PurePosixPath(inside).as_posix(), archive) for archive, inside in found]
+        self._order = sorted(range(len(keys)), key=keys.__getitem__)
+        several = len(self.archives) > 1
+        self.names = [f"{keys[i][1]}/{keys[i][0]}" if several else keys[i][0] for i in self._order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def read(self, index: int) -> Tensor:
+        return _square(self._images.read(self._order[index]), self.size)
+
+    def describe(self) -> dict[str, Any]:
+        names = [str(path) for path in self.archives]
+        said = f"{names[0]} to {names[-1]}, {len(names)} archives" if len(names) > 3 else ", ".join(names)
+        return {"pictures": said, "order": "sorted by path inside the archive", "crop": _crop(self.size)}
 
 
 class SamplePictures:
@@ -71,7 +114,7 @@ class SamplePictures:
         return len(self._images)
 
     def read(self, index: int) -> Tensor:
-        return _pixels(center_crop(resize_shorter(self._images[index], self.size), self.size))
+        return _square(self._images[index], self.size)
 
     def describe(self) -> dict[str, Any]:
         return {"pictures": "held-out sample photographs", "order": "fixed", "crop": _crop(self.size)}
@@ -162,10 +205,21 @@ def range_names(n: int) -> list[str]:
     return [str(i) for i in range(n)]
 
 
-def open_pictures(source: PathLike, size: int | None) -> FolderPictures | NpzPictures:
-    """An `.npz` file, or a folder whose pictures are cropped to `size` (None: taken as they are)."""
-    if str(source).endswith(".npz"):
-        return NpzPictures(source)
+def open_pictures(source: PathLike, size: int | None) -> FolderPictures | ArchivePictures | NpzPictures:
+    """An `.npz` file, or what :func:`open_images` opens."""
+    return NpzPictures(source) if str(source).endswith(".npz") else open_images(source, size)
+
+
+def open_images(source: PathLike, size: int | None, index: PathLike | None = None) -> FolderPictures | ArchivePictures:
+    """A folder or tar archives (one, a folder of them, or a pattern); `size` crops as in FolderPictures.
+
+    Raises:
+        ValueError: an index of what is no archive, and what the two classes raise.
+    """
+    if find_archives(source):
+        return ArchivePictures(source, size, index)
+    if index is not None:
+        raise ValueError(f"--index {index} is of tar archives, and {source} names none")
     return FolderPictures(source, size)
 
 
@@ -217,7 +271,10 @@ def read_batches(
                 yield read, torch.stack(images)
 
 
-def _pixels(img: Image.Image) -> Tensor:
+def _square(img: Image.Image, size: int | None) -> Tensor:
+    """uint8 [3, H, W] of the central square, of the whole picture where the size is None."""
+    if size is not None:
+        img = center_crop(resize_shorter(img, size), size)
     return torch.from_numpy(np.array(img.convert("RGB")).transpose(2, 0, 1).copy())
 
 

@@ -12,6 +12,7 @@ import torch
 from flowmo import FlowMo, model_config
 from flowmo.config import parse
 from flowmo.data import ImageReadError, load_image
+from flowmo.data.archive import find_archives
 from flowmo.data.tokens import layout_of
 from flowmo.demo import command as demo
 from flowmo.format import TokenFile
@@ -115,6 +116,11 @@ def not_a_picture(model: FlowMo, tmp: Path) -> None:
     load_image(tmp / "a.png")
 
 
+def compressed(model: FlowMo, tmp: Path) -> None:
+    (tmp / "val.tar.gz").write_bytes(b"")
+    find_archives(tmp / "val.tar.gz")
+
+
 def no_gradio(model: FlowMo, tmp: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo.importlib.util, "find_spec", lambda name: None)
@@ -148,6 +154,7 @@ CAUSES: dict[str, Callable[[FlowMo, Path], object]] = {
     "scale [0, 255] by x / 127.5 - 1, [0, 1] by 2 x - 1": lambda m, t: m.encode(torch.full((1, 3, 32, 32), 200.0)),
     "bring a photograph to 32 x 32": lambda m, t: m.encode(torch.zeros(1, 3, 48, 32)),
     "as a picture: Pillow knows no such format, or the file is damaged at its start": not_a_picture,
+    "a compressed archive cannot be read in place": compressed,
     "made by tokenizer": foreign_tokens,
     "did you mean optim.lr?": lambda m, t: parse(["tiny", "optim.rl=1"]),
     "data.path is not set": lambda m, t: Trainer(parse(["lo", "loss.perceptual=none", f"run={t}/run"])),
