@@ -15,7 +15,6 @@ set before the import.  Asking for what this machine can never run is a `KernelU
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -80,7 +79,7 @@ def why_no_triton() -> str | None:
     return why_no_interpreter() if INTERPRETED else None
 
 
-@functools.cache
+@constant_result
 def why_no_interpreter() -> str | None:
     """The reason why kernels cannot be interpreted with the installed packages, or None when they can."""
     import numpy

@@ -130,7 +130,7 @@ def test_interpreter_that_numpy_has_left_behind(
 ) -> None:
     monkeypatch.setattr(_dispatch, "triton", SimpleNamespace(__version__=triton))
     monkeypatch.setattr("numpy.__version__", numpy)
-    why = _dispatch.why_no_interpreter.__wrapped__()
+    why = _dispatch.why_no_interpreter()
     assert why is None if works else why is not None and triton in why and "numpy<2.4" in why
 
 
