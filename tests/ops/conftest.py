@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from flowmo_kernels._dispatch import why_no_cuda, why_no_triton
+from flowmo_kernels._triton import INTERPRETED
+
+from .bounds import guard
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +20,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guarded_memory() -> Iterator[None]:
+    """Interpreted kernels that reach beyond their tensors are seen, whatever lies there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            guard(patch)
+        yield
 
 
 @pytest.fixture
