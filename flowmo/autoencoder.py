@@ -140,7 +140,8 @@ class FlowMo(nn.Module):
     ) -> Tensor:  # [B, T, C]
         """Codes of pictures, in the weights' dtype: +-1 (lfq), levels in [-1, 1] (fsq), or real numbers (kl, none).
 
-        A kl model's code is the mean.
+        A kl model's code is the mean. The look at the range of pictures on a card waits for that card; plans and
+        captures of the caller's do without it.
 
         Args:
             plan: run the engine (see :meth:`encode_plan`); False runs the modules themselves, hooks and all.
@@ -370,6 +371,8 @@ class FlowMo(nn.Module):
                 f"images: expected {expected}, got shape {list(images.shape)}; "
                 f"flowmo.data.resize_shorter and center_crop bring a photograph to {size} x {size}"
             )
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # values cannot be looked at while a CUDA graph is recorded
         if images.numel() and not bool((images.abs() <= 1.001).all()):
             low, high = float(images.min()), float(images.max())
             raise ValueError(
