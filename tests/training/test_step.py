@@ -172,6 +172,7 @@ def test_loss_and_gradients_are_captured_in_a_cuda_graph() -> None:
         return torch.cat([g.flatten() for g in torch.autograd.grad(losses, list(model.decoder.img_in.parameters()))])
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             eager = gradients()
