@@ -78,11 +78,24 @@ def test_changed_weights_never_give_stale_pictures(lo):
 
 def test_changed_encoder_gives_new_codes(lo):
     images = inputs(lo, 2)[1].clamp(-1, 1)
+    held = lo.encode_plan(2)
     before = lo.encode(images)
     with torch.no_grad():
         lo.encoder.img_in.weight.mul_(-1)
-    assert torch.equal(lo.encode(images), lo.encode(images, plan=False))
-    assert not torch.equal(lo.encode(images), before)
+    after = held(images)  # the caller's own plan follows, before any other was asked for
+    assert torch.equal(after, lo.encode(images, plan=False))
+    assert torch.equal(after, lo.encode(images))
+    assert not torch.equal(after, before)
+
+
+def test_clear_forgets_what_was_made_of_the_weights(lo):
+    """Writes through `.data` cannot be noticed; `clear` is for them, and leaves nothing behind."""
+    codes, noise = inputs(lo, 2)
+    before = lo.decode(codes, noise=noise, steps=3)
+    lo.decoder.double_blocks[0].img_mod.lin.weight.data.mul_(3)
+    lo.engine.clear()
+    assert not lo.engine._plans and not lo.engine._weights
+    check_current(lo, before, codes, noise)
 
 
 def test_plans_are_reused_and_few(lo):
@@ -96,11 +109,11 @@ def test_plans_are_reused_and_few(lo):
     assert len(lo.engine._plans) == KEPT_PLANS
     for steps in range(1, TABLES + 4):
         lo.decode(codes[:1], noise=noise[:1], steps=steps)
+    (weights,) = lo.engine._weights.values()
+    assert len(weights._tables) == TABLES
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         lo.decode_plan(1, dtype=dtype)
-    weights = lo.engine._weights
-    assert len(weights) <= KEPT_WEIGHTS
-    assert all(len(w._tables) <= TABLES for w in weights.values())
+    assert len(lo.engine._weights) == KEPT_WEIGHTS
 
 
 def test_hundred_decodes_do_not_grow(lo):

@@ -194,5 +194,9 @@ def test_inputs_that_do_not_fit_are_named(lo):
         plan(codes[:2], noise)
     with pytest.raises(ValueError, match="images: expected shape"):
         lo.encode_plan(2)(noise)
+    with pytest.raises(ValueError, match="codes: expected shape"):
+        plan(codes[:0], noise[:0])
+    with pytest.raises(ValueError, match="images: expected shape"):
+        lo.encode_plan(2)(noise[:0])
     with pytest.raises(TypeError, match="images: expected a float tensor"):
         lo.encode_plan(3)(noise.to(torch.uint8))

@@ -39,8 +39,12 @@ def device() -> str:
 @pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def implementation(request: pytest.FixtureRequest) -> str:
     """Each implementation that an op can have; interpreted Triton on CPU tensors where there is no card."""
-    reason = why_no_triton() if request.param == "triton" else why_no_cuda()
+    return there(request.param)
+
+
+def there(name: str) -> str:
+    """`name`, an implementation that can run here; the test is skipped where it cannot."""
+    reason = {"ref": lambda: None, "triton": why_no_triton, "cuda": why_no_cuda}[name]()
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    name: str = request.param
+        pytest.skip(f"{name}: {reason}")
     return name

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowmo_kernels import KernelUnavailableError, attention_backend, joint_attention, joint_attention_ref, use
 from flowmo_kernels import attention as module
+from flowmo_kernels._heads import check_reach
 
 from .oracle import compare, compiles, judge, random, sliced
 
@@ -234,6 +235,17 @@ def test_bad_input() -> None:
         joint_attention(q, k.bfloat16(), v, 1.0)
     with pytest.raises(ValueError, match="scale = 0"):
         joint_attention(q, k, v, 0.0)
+
+
+@pytest.mark.parametrize(("stride", "fits"), [(2**30, False), (2**30 - 1, True)])
+def test_rows_out_of_reach_of_32_bits_are_refused(stride: int, fits: bool) -> None:
+    x = torch.empty(0).new_empty_strided((1, 2, 1, 64), (64, stride, 64, 1), device="meta")
+    near = torch.empty(1, 3, 1, 64, device="meta")
+    if fits:
+        check_reach(near, x, near)
+    else:
+        with pytest.raises(ValueError, match=r"2 tokens span over 2\^31 elements"):
+            check_reach(near, x, near)
 
 
 def test_library_ops(device: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,13 +97,24 @@ def test_context_is_left_on_an_error() -> None:
     assert "kernels: auto" in describe()
 
 
+def test_cuda_tensors_take_triton_then_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(_dispatch, "_has_cuda", lambda: True)
+    for has_triton, order in ((True, ("triton", "cuda")), (False, ("cuda",))):
+        monkeypatch.setattr(_dispatch, "HAS_TRITON", has_triton)
+        for op, implementations in _dispatch.OPS.items():
+            there = [impl for impl in order if impl in implementations]
+            assert chosen(op, x) == (there[0] if there and op not in _dispatch.NOT_IN_AUTO else "ref")
+    with use("ref"):
+        assert chosen("norm_modulate", x) == "ref"
+    monkeypatch.setattr(_dispatch, "_check", lambda *choices: None)  # as if all could run here
+    with use("triton", lfq="cuda"):
+        assert [chosen(op, x) for op in ("joint_attention", "lfq", "linear_fp8")] == ["triton", "cuda", "ref"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_cuda_tensors_take_triton() -> None:
-    x = torch.zeros(1, device="cuda")
-    for op, implementations in _dispatch.OPS.items():
-        expected = "triton" if "triton" in implementations and op not in _dispatch.NOT_IN_AUTO else "ref"
-        assert chosen(op, x) == expected
+def test_cpu_tensors_beside_a_card_take_the_reference() -> None:
     with use("triton"):
         assert chosen("norm_modulate", CPU) == "ref"
 

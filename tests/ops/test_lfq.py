@@ -193,6 +193,8 @@ def test_bad_input() -> None:
         with use(implementation):
             with pytest.raises(ValueError, match="multiple of the 9 bits"):
                 lfq(torch.zeros(1, 2, 17), 9)
+            with pytest.raises(ValueError, match="x has 0 channels"):
+                lfq(torch.zeros(1, 2, 0), 9)
             with pytest.raises(ValueError, match=r"expected floating point \[B, T, C\]"):
                 lfq(torch.zeros(1, 2, 18, dtype=torch.int64), 9)
             with pytest.raises(ValueError, match=r"expected floating point \[B, T, C\]"):

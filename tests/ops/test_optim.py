@@ -10,10 +10,17 @@ from torch import Tensor
 
 from flowmo_kernels import adam_hold_ema_, ema_, hold_norms_, use, weight_norms
 
+from .conftest import there
 from .oracle import compare, random
 
 module = import_module("flowmo_kernels.optim")
 SHAPES = [(7, 5), (3,), (61, 37), (1, 1), (4, 8), (0, 3), (6, 4, 3, 3)]
+
+
+@pytest.fixture(params=["ref", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> str:
+    """The reference too: it trains on a CPU, and with `found_inf` takes another way than without."""
+    return there(request.param)
 
 
 def weights_of(shapes: list[tuple[int, ...]], device: str, seed: int = 0) -> list[Tensor]:
@@ -125,6 +132,17 @@ def test_zero_norms_leave_weights_free(per_channel: bool, implementation: str, d
         hold_norms_(grown, norms, per_channel=per_channel)
     assert grown[0].tolist() == ([[1.0, 0.0], [0.0, 0.0]] if per_channel else [[5.0, 0.0], [0.0, 0.0]])
     assert (grown[1] == 1).all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_norms_of_low_precision_weights_are_fp32(per_channel: bool, device: str) -> None:
+    (w,) = weights_of([(7, 300)], device)
+    low = w.bfloat16()
+    (norm,) = weight_norms([low], per_channel=per_channel)
+    exact = torch.linalg.vector_norm(low.double(), dim=1 if per_channel else None)
+    assert norm.dtype == torch.float32
+    # Halving sums of up to 2100 squares: about 11 roundings, and those of square and root.
+    torch.testing.assert_close(norm.double(), exact, rtol=14 * 2**-24, atol=0)
 
 
 def test_ema(implementation: str, device: str) -> None:
