@@ -6,6 +6,8 @@
 
 Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
 [N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
+The same command again goes on where it was stopped, after kill -9 too, also with another number of processes, and
+ends in the same pictures, bit for bit; DIR/settings.json says what they depend on.
 Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch; torchrun
 wants --per-class written for --n.
 """
@@ -13,12 +15,11 @@ wants --per-class written for --n.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,9 +27,9 @@ from torch import Tensor
 from flowmo import FlowMo, cli
 from flowmo.data import make_grid, save_png, to_uint8
 from flowmo.data.tokens import layout_of
-from flowmo.files import atomic_write
 from flowmo.generator.network import Generator
 from flowmo.generator.sampler import SamplerPlan
+from flowmo.generator.samples import SampleFolder, digest
 from flowmo.generator_config import TokenSamplerConfig
 from flowmo.training import distributed
 from flowmo.training.precision import take_device
@@ -36,7 +37,7 @@ from flowmo.training.state import noise_seed
 
 GRID_ROWS, GRID_COLUMNS = 16, 8
 PLACES = ("start", "end", "span")  # of a step, where it counts
-BLOCK = 64  # pictures written at once
+T = TypeVar("T")
 
 
 def main(arguments: list[str]) -> int:
@@ -51,49 +52,73 @@ def main(arguments: list[str]) -> int:
     generator, tokenizer = load_pair(options.generator, options.tokenizer, device, dtype)
     classes = parse_classes(options.classes, generator)
     labels = shuffled_labels(classes, options.n, options.seed)
-    plan = SamplerPlan(generator, min(options.batch, len(labels)), sampler_config(options))
+    batch = min(options.batch, len(labels))
+    settings = settings_of(options, generator, tokenizer, batch, classes) if processes.first else {}
+    folder = SampleFolder(options.out, labels, batch, tokenizer.config.image_size, settings)
+    todo = first_says(lambda: folder.begin(options.overwrite), processes)
+    left = sum(folder.sizes[number] for number in todo)
+    if not todo and first_says(lambda: folder.finished, processes):
+        if processes.first:
+            print(f"{options.out} holds these {len(labels)} pictures already; --overwrite draws them again")
+        return 0
+    plan = SamplerPlan(generator, batch, sampler_config(options))
     if processes.first:
+        kept = f", {len(labels) - left} of them there already" if left < len(labels) else ""
         print(
-            f"{len(labels)} pictures of {len(classes)} classes, {world} processes, {plan.describe()}, "
+            f"{len(labels)} pictures of {len(classes)} classes{kept}, {world} processes, {plan.describe()}, "
             f"{dtype}; {cli.kernels()}",
             flush=True,
         )
-        options.out.mkdir(parents=True, exist_ok=True)
-    side = tokenizer.config.image_size
-    with shared_pictures(options.out, (len(labels), side, side, 3), processes) as pixels:
-        decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
-        bar = cli.Progress(len(labels), shown=processes.first)
-        for first, pictures in generate(plan, tokenizer, labels, options.seed, rank, world, **decoder):
-            pixels[first : first + len(pictures)] = pictures.permute(0, 2, 3, 1).numpy()
-            if not options.no_png:
-                for i, picture in enumerate(pictures, first):
-                    save_png(picture, options.out / "pictures" / f"{i:06d}_{int(labels[i]):04d}.png")
-            bar.update(len(pictures) * world)  # the others are about as far
-        bar.close()
-        pixels.flush()
-        distributed.barrier()
-        if processes.first:
-            atomic_write(options.out / "samples.npz", lambda name: write_archive(name, pixels, labels))
-            save_png(class_grid(pixels, labels, classes[:GRID_ROWS], generator), options.out / "grid.png")
-            print(f"wrote {len(labels)} pictures, grid.png and samples.npz to {options.out}")
+    decoder = {"steps": options.decoder_steps, "guidance": options.decoder_guidance}
+    bar = cli.Progress(left, shown=processes.first)
+    for number, pictures in generate(plan, tokenizer, labels, options.seed, todo[rank::world], **decoder):
+        if not options.no_png:
+            for i, picture in enumerate(pictures, number * batch):
+                save_png(picture, options.out / "pictures" / f"{i:06d}_{int(labels[i]):04d}.png")
+        folder.keep(number, pictures.permute(0, 2, 3, 1).numpy())  # last: a batch that is kept is finished
+        bar.update(len(pictures) * world)  # the others are about as far
+    bar.close()
+    distributed.barrier()
+    if processes.first:
+        folder.write_archive()
+        save_png(class_grid(folder, classes[:GRID_ROWS], generator), options.out / "grid.png")
+        folder.finish()
+        print(f"wrote {len(labels)} pictures, grid.png and samples.npz to {options.out}")
     return 0
 
 
-@contextlib.contextmanager
-def shared_pictures(
-    folder: Path, shape: tuple[int, int, int, int], processes: distributed.Processes
-) -> Iterator[np.memmap]:
-    """A file of pictures uint8 [N, H, W, 3] that all processes write into; it is gone afterwards."""
-    path = folder / ".pictures.npy"
+def settings_of(
+    options: argparse.Namespace, generator: Generator, tokenizer: FlowMo, batch: int, classes: list[int]
+) -> dict[str, Any]:
+    """What the pictures depend on; weights by their digests, wherever they lie."""
+    decoder = tokenizer.schedule(options.decoder_steps, guidance=options.decoder_guidance)
+    return {
+        "classes": "all" if classes == list(range(generator.config.classes)) else ",".join(map(str, classes)),
+        "n": options.n,
+        "seed": options.seed,
+        "batch": batch,
+        "png": not options.no_png,
+        "device": generator.device.type,
+        "precision": str(tokenizer.dtype).removeprefix("torch."),
+        **asdict(sampler_config(options)),
+        **{f"decoder_{name}": value for name, value in decoder._asdict().items()},
+        "generator": digest(generator, generator.config),
+        "tokenizer": digest(tokenizer, tokenizer.config),
+    }
+
+
+def first_says(ask: Callable[[], T], processes: distributed.Processes) -> T:
+    """What the first process answers, in all of them; its error too."""
+    answer: T | Exception | None = None
     if processes.first:
-        np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
-    distributed.barrier()
-    try:
-        yield np.lib.format.open_memmap(path, "r+")
-        distributed.barrier()  # until the first has read everything
-    finally:
-        if processes.first:
-            path.unlink(missing_ok=True)
+        try:
+            answer = ask()
+        except (ValueError, OSError) as error:
+            answer = error
+    answer = distributed.from_first(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    return cast(T, answer)
 
 
 def load_pair(
@@ -128,31 +153,31 @@ def generate(
     tokenizer: FlowMo,
     labels: Tensor,  # [N] int64
     seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    batches: Sequence[int] | None = None,
     **decoder: float,
-) -> Iterator[tuple[int, Tensor]]:  # index of the first, pictures [n, 3, S, S] uint8
+) -> Iterator[tuple[int, Tensor]]:  # number of the batch, pictures [n, 3, S, S] uint8
     """Pictures of labels, a batch of the plan at a time; `decoder` are options of FlowMo.decode.
 
-    The noise of a batch depends on the seed and its place alone: processes take batches in turn, and together draw
-    what one would.
+    The noise of a batch depends on the seed and its number alone, and every batch is computed at the plan's size:
+    whoever draws which `batches` (all by default), after whatever others, they are the same to the last bit.
     """
     layout = plan.model.layout or layout_of(tokenizer)
-    for number, part in enumerate(labels.split(plan.batch)):
-        if number % world != rank:
-            continue
-        own = noise_seed(seed, number, 0)
-        codes = layout.decode(plan(part.to(plan.device), seed=own))
-        noise = torch.Generator().manual_seed(own)
-        yield number * plan.batch, to_uint8(tokenizer.decode(codes, generator=noise, **decoder)).cpu()  # type: ignore[arg-type]
+    parts = labels.split(plan.batch)
+    for number in range(len(parts)) if batches is None else batches:
+        n, own = len(parts[number]), noise_seed(seed, number, 0)
+        codes = layout.decode(plan(parts[number].to(plan.device), seed=own))
+        side = tokenizer.config.image_size
+        noise = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(own))
+        codes, noise = (torch.cat([x, x[-1:].expand(plan.batch - n, *x.shape[1:])]) for x in (codes, noise))
+        yield number, to_uint8(tokenizer.decode(codes, noise=noise, **decoder)[:n]).cpu()  # type: ignore[arg-type]
 
 
-def class_grid(pixels: np.ndarray, labels: Tensor, classes: list[int], generator: Generator) -> Image.Image:
+def class_grid(folder: SampleFolder, classes: list[int], generator: Generator) -> Image.Image:
     """A row of pictures for each of some classes."""
     rows = []
     for label in classes:
-        chosen = torch.nonzero(labels == label).flatten()[:GRID_COLUMNS].numpy()
-        rows.append(torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2))
+        chosen = torch.nonzero(folder.labels == label).flatten()[:GRID_COLUMNS].tolist()
+        rows.append(torch.from_numpy(folder.pictures(chosen)).permute(0, 3, 1, 2))
     names = [generator.class_names[c] if c < len(generator.class_names) else str(c) for c in classes]
     return make_grid(rows, names)
 
@@ -161,18 +186,6 @@ def shuffled_labels(classes: list[int], n: int, seed: int) -> Tensor:  # [len(cl
     """n of every class, in random order: the Inception Score is taken over consecutive parts."""
     labels = torch.tensor(classes).repeat_interleave(n)
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-
-
-def write_archive(path: str, pixels: np.ndarray, labels: Tensor) -> None:
-    """Write an `.npz` of pictures (arr_0) and labels (arr_1), whatever its size, block by block."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            header = {"descr": "|u1", "fortran_order": False, "shape": pixels.shape}
-            np.lib.format.write_array_header_1_0(entry, header)  # type: ignore[arg-type]
-            for first in range(0, len(pixels), BLOCK):
-                entry.write(pixels[first : first + BLOCK].tobytes())
-        with archive.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, labels.numpy())
 
 
 def parse_classes(text: str, generator: Generator) -> list[int]:
@@ -231,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", "--per-class", type=int, default=8, help="pictures of each class")
     p.add_argument("--out", required=True, type=Path, help="folder of what is written")
     p.add_argument("--no-png", action="store_true", help="write samples.npz and the grid only")
+    p.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in DIR and begin anew")
     p.add_argument("--batch", type=int, default=32, help="pictures at once")
     p.add_argument("--seed", type=int, default=0, help="of tokens and decoding noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")

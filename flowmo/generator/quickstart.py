@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     generate.main(
         ["--tokenizer", str(tokenizer), "--generator", str(out / "generator"), "--out", str(out / "samples"),
          "--n", str(options.n), "--seed", str(options.seed), "--temperature", TEMPERATURE, "--decoder-steps", "8",
-         "--device", "cpu"]
+         "--overwrite", "--device", "cpu"]
     )  # fmt: skip
     seconds = time.perf_counter() - started
 

@@ -16,6 +16,7 @@ from flowmo.data.archive import find_archives
 from flowmo.data.tokens import layout_of
 from flowmo.demo import command as demo
 from flowmo.format import TokenFile
+from flowmo.generator.samples import SampleFolder
 from flowmo.perceptual import load_perceptual
 from flowmo.tiles import encode_tiles, grid_for
 from flowmo.training import checkpoint
@@ -121,6 +122,11 @@ def compressed(model: FlowMo, tmp: Path) -> None:
     find_archives(tmp / "val.tar.gz")
 
 
+def other_samples(model: FlowMo, tmp: Path) -> None:
+    for seed in (0, 1):
+        SampleFolder(tmp, torch.zeros(2, dtype=torch.int64), 2, 32, {"seed": seed}).begin()
+
+
 def no_gradio(model: FlowMo, tmp: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo.importlib.util, "find_spec", lambda name: None)
@@ -163,6 +169,7 @@ CAUSES: dict[str, Callable[[FlowMo, Path], object]] = {
     "its bytes do not agree with its checksum": damaged,
     "this PyTorch sees no CUDA device": lambda m, t: (no_card(), short(t / "run", "trainer.device=cuda")),
     "had a loss or gradient that is not finite": not_finite,
+    "holds pictures of other settings": other_samples,
     "the demo page needs gradio": no_gradio,
     "cannot listen there": port_taken,
 }

@@ -18,24 +18,13 @@ from PIL import Image
 from flowmo import FlowMo, generate, tokenize
 from flowmo.data import load_image, normalize
 from flowmo.data.tokens import PENDING, UNREADABLE, TokenCache, TokenCacheError, layout_of, picture_views
-from flowmo.generator import Generator, NetworkConfig, quickstart
+from flowmo.generator import Generator, quickstart
 from flowmo.generator.sampler import SamplerPlan, TokenSamplerConfig
 from flowmo.training.state import noise_seed
+from tests.generator.conftest import run_generate, stop_after
 from tests.processes import together
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def tokenizer(tmp_path) -> Path:
-    torch.manual_seed(0)
-    model = FlowMo("tiny")
-    with torch.no_grad():  # open the gates, so that pictures differ by their tokens
-        for name, p in model.decoder.named_parameters():
-            if "_mod.lin" in name:
-                p.normal_(0, 0.1)
-    model.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
 
 
 @pytest.fixture
@@ -128,23 +117,6 @@ def test_two_processes_make_the_same_cache(photos, tokenizer, tmp_path):
     assert one.header == two.header and np.array_equal(one.packed, two.packed)
 
 
-@pytest.fixture
-def generator(tokenizer, tmp_path) -> Path:
-    torch.manual_seed(1)
-    layout = layout_of(FlowMo.from_pretrained(tokenizer))
-    network = NetworkConfig(tokens=32, bits=9, classes=3, hidden=32, depth=2, heads=2)
-    model = Generator(network, layout, ["ant", "bee", "cow"])
-    with torch.no_grad():
-        model.head.weight.mul_(100)
-    model.save_pretrained(tmp_path / "generator")
-    return tmp_path / "generator"
-
-
-def run_generate(tokenizer: Path, generator: Path, out: Path, *more: str) -> None:
-    arguments = ["--tokenizer", str(tokenizer), "--generator", str(generator), "--out", str(out), "--device", "cpu"]
-    assert generate.main([*arguments, "--steps", "4", "--decoder-steps", "2", *more]) == 0
-
-
 def test_generate_writes_pictures_grid_and_archive(tokenizer, generator, tmp_path):
     out = tmp_path / "out"
     run_generate(tokenizer, generator, out, "--classes", "2,0", "--n", "6", "--batch", "5")
@@ -173,10 +145,10 @@ def test_pictures_are_the_decoded_tokens(tokenizer, generator):
     plan = SamplerPlan(network, 4, TokenSamplerConfig(steps=4))
     labels = torch.tensor([0, 1, 2, 1, 0, 2])
     parts = list(generate.generate(plan, model, labels, seed=3, steps=2))
-    assert [(first, len(pictures)) for first, pictures in parts] == [(0, 4), (4, 2)]
-    for number, (first, pictures) in enumerate(parts):
+    assert [(number, len(pictures)) for number, pictures in parts] == [(0, 4), (1, 2)]
+    for number, pictures in parts:
         seed = noise_seed(3, number, 0)
-        drawn = plan(labels[first : first + 4], seed=seed)
+        drawn = plan(labels[4 * number : 4 * number + 4], seed=seed)
         expected = model.detokenize(drawn, steps=2, generator=torch.Generator().manual_seed(seed))
         # half a grey level of rounding
         assert (normalize(pictures) - expected).abs().max() <= 0.5001 / 127.5
@@ -184,19 +156,32 @@ def test_pictures_are_the_decoded_tokens(tokenizer, generator):
     assert pictures[0].float().sub(pictures[1].float()).abs().mean() > 1
 
 
+TOLD = """
+import sys
+from flowmo.generate import main
+from flowmo.generator.samples import SampleFolder
+keep = SampleFolder.keep
+SampleFolder.keep = lambda self, number, pictures: (keep(self, number, pictures), print(f"drawn: {number}"))
+main(sys.argv[1:])
+"""
+
+
 def test_two_processes_draw_what_one_does(tokenizer, generator, tmp_path):
     more = ("--n", "5", "--batch", "4", "--seed", "7")
     run_generate(tokenizer, generator, tmp_path / "one", *more)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # two go on with what one began
+        stop_after(patch, 1)
+        run_generate(tokenizer, generator, tmp_path / "two", *more)
+    assert [p.name for p in (tmp_path / "two" / ".parts").iterdir()] == ["000000.npy"]
     arguments = ["--tokenizer", tokenizer, "--generator", generator, "--out", tmp_path / "two", "--device", "cpu"]
-    together(
-        "import sys; from flowmo.generate import main; main(sys.argv[1:])",
-        *map(str, arguments), "--steps", "4", "--decoder-steps", "2", *more,
-    )  # fmt: skip
+    told = together(TOLD, *map(str, arguments), "--steps", "4", "--decoder-steps", "2", *more)
+    assert ["drawn: 1" in told[0], "drawn: 3" in told[0], "drawn: 2" in told[1]] == [True] * 3
+    assert sum(text.count("drawn: ") for text in told) == 3, "a batch was drawn twice, or was there already"
     with np.load(tmp_path / "one" / "samples.npz") as one, np.load(tmp_path / "two" / "samples.npz") as two:
         assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
         assert one["arr_0"].std(axis=0).max() > 1
     names = [sorted(str(p.relative_to(tmp_path / run)) for p in (tmp_path / run).rglob("*")) for run in ("one", "two")]
-    assert names[0] == names[1] and "grid.png" in names[0] and len(names[0]) == 15 + 3
+    assert names[0] == names[1] and "grid.png" in names[0] and len(names[0]) == 15 + 4
     assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
 
 
