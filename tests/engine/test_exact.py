@@ -10,7 +10,8 @@ import torch
 
 from flowmo import model_config
 from flowmo.engine import Schedule, psnr_to_exact
-from flowmo_kernels import KernelUnavailableError
+from flowmo.engine.weights import TransformerWeights
+from flowmo_kernels import KernelUnavailableError, qk_norm_rope
 from tests.engine.conftest import HI, LO, ONE_BLOCK, inputs, make
 from tests.model import golden as golden_file
 
@@ -139,6 +140,23 @@ def test_attention_in_eight_bits_is_an_option(lo, format):
     flips = (lo.encode_plan(3, attention=format)(images) != lo.encode(images)).float().mean()
     assert flips < 0.05
     assert lo.decode_plan(3).attention == "auto"
+
+
+def test_logit_bound_is_reached_and_not_exceeded(lo):
+    """Attention leaves out the running maximum on its word. Rows that are one vector's multiples reach it."""
+    norms = lo.decoder.double_blocks[0].txt_attn.norm, lo.decoder.double_blocks[0].img_attn.norm
+    with torch.no_grad():
+        for norm, q_gain, k_gain in zip(norms, (0.5, -3.0), (2.0, 0.25)):
+            norm.query_norm.scale.fill_(q_gain)
+            norm.key_norm.scale.fill_(k_gain)
+    block = TransformerWeights(lo.decoder, torch.float32).blocks[0]
+    d = block.q_scale.shape[1]
+    qkv = torch.full((1, 2, 3, 1, d), 0.7)
+    rope = torch.ones(2, d // 2), torch.zeros(2, d // 2)  # no turn
+    q, k, _ = qk_norm_rope(qkv, block.q_scale, block.k_scale, rope, split=1).unbind(2)
+    largest = 8 / d * torch.einsum("blhd,bmhd->blm", q, k).abs().max()
+    # Roundings of the norms and of the sum, and eps inside the norms: 1e-6 of a mean square of 0.49.
+    assert block.logit_bound * (1 - 1e-5) <= largest <= block.logit_bound * (1 + 1e-6)
 
 
 def test_autocast_decides_the_precision(lo):

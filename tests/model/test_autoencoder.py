@@ -147,6 +147,15 @@ def test_continuous_model_has_codes_and_no_tokens(images):
         model.detokenize(torch.zeros(1, 32, dtype=torch.long))
 
 
+def test_fresh_blocks_are_the_identity_by_their_gates_alone():
+    """Gate rows of the modulation start at zero; shift and scale rows as PyTorch starts a linear layer."""
+    block = FlowMo("tiny").decoder.double_blocks[0]
+    for modulation in (block.img_mod, block.txt_mod):
+        for tensor in (modulation.lin.weight, modulation.lin.bias):
+            zero = (tensor.detach() == 0).reshape(6, -1)
+            assert zero[[2, 5]].all() and not zero[[0, 1, 3, 4]].any()
+
+
 def test_patch_vectors_run_row_column_channel():
     images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).reshape(2, 3, 8, 8)
     tokens = patchify(images, 4)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,25 @@ def test_large_logits(device: str) -> None:
     assert not triton_module.is_bounded(8.0, torch.float16)
 
 
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_reads_channels_that_are_not_contiguous(which: int, device: str) -> None:
+    """Of q, k, v or the upstream gradient."""
+    given = [random(1, 20, 2, 16, device=device, seed=i) for i in range(4)]
+    results = []
+    for strided in (False, True):
+        tensors = [t.clone() for t in given]
+        if strided:
+            tensors[which] = given[which].transpose(1, 3).contiguous().transpose(1, 3)
+        leaves = [t.requires_grad_() for t in tensors[:3]]
+        with torch.no_grad():
+            alone = joint_attention(*leaves, 0.5, backend="triton")
+        o = joint_attention(*leaves, 0.5, backend="triton")
+        results.append([alone, o.detach(), *torch.autograd.grad(o, leaves, tensors[3])])
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_gradient_with_strides(device: str) -> None:
     """An upstream gradient of one number, with stride 0 along every axis."""
@@ -177,6 +198,40 @@ def test_says_which_backend_runs() -> None:
     if not torch.cuda.is_available():
         with use(joint_attention="triton"):
             assert attention_backend(q, k, v) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("major", "packages", "deterministic", "gradient", "keys", "chosen"),
+    [
+        (9, {"flash_attn_interface", "flash_attn"}, False, True, 64, "fa3"),
+        (9, {"flash_attn"}, False, True, 64, "cudnn"),
+        (9, {"flash_attn_interface", "flash_attn"}, True, True, 64, "fa2"),
+        (9, {"flash_attn_interface"}, True, True, 64, "flash"),
+        (9, set(), True, False, 64, "flash"),
+        (9, set(), False, False, 1, "flash"),
+        (10, {"flash_attn_interface"}, False, False, 64, "cudnn"),
+        (8, {"flash_attn_interface", "flash_attn"}, False, False, 64, "fa2"),
+        (8, {"xformers"}, False, False, 64, "flash"),
+        (7, {"flash_attn", "xformers"}, False, False, 64, "xformers"),
+        (7, set(), False, True, 64, "efficient"),
+        (7, set(), True, True, 64, "math"),
+    ],
+)
+def test_automatic_choice_by_generation_and_packages(
+    monkeypatch: pytest.MonkeyPatch, major: int, packages: set[str], deterministic: bool, gradient: bool, keys: int,
+    chosen: str,
+) -> None:  # fmt: skip
+    """Of the query-gradient, only FlashAttention-2 adds up without atomics; cuDNN is refused for a single key."""
+    monkeypatch.setattr(module, "_capability", lambda index: major)
+    monkeypatch.setattr(module, "_PACKAGES", {name: name in packages for name in module._PACKAGES})
+    monkeypatch.setattr(module, "_HAS_CUDNN", True)
+    torch.use_deterministic_algorithms(deterministic)  # the fixture of these tests turns it off again
+    q: Any = SimpleNamespace(
+        is_cuda=True, shape=(1, 64, 2, 64), dtype=torch.bfloat16, device=torch.device("cuda:0"), numel=lambda: 8192
+    )
+    assert module._automatic(q, keys, gradient) == chosen
+    q.numel = lambda: 0
+    assert module._automatic(q, keys, gradient) == "math"
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +89,58 @@ def test_interpreted_triton_must_be_asked_for() -> None:
         with use("auto"):
             assert chosen("norm_modulate", CPU) == "ref"
     assert chosen("norm_modulate", CPU) == "ref"
+
+
+def small_calls() -> dict[str, Callable[[], object]]:
+    """A call of every op that has kernels, with whatever of it makes one run."""
+    fk = flowmo_kernels
+    x, w, z = random(1, 4, 32), random(12, 32), random(1, 4, 12)
+    qkv, gains, turn = random(1, 4, 3, 2, 16), torch.ones(2, 16), (torch.ones(4, 8), torch.zeros(4, 8))
+    tokens, weights = torch.arange(5)[None], [random(3, 4)]
+    norms = fk.weight_norms(weights)
+    return {
+        "norm_modulate": lambda: fk.norm_modulate(x),
+        "gate_residual": lambda: fk.gate_residual(x, x),
+        "gate_residual_norm_modulate": lambda: fk.gate_residual_norm_modulate(x, x),
+        "qk_norm_rope": lambda: fk.qk_norm_rope(qkv, gains, gains, turn),
+        "joint_attention": lambda: fk.joint_attention(*qkv.unbind(2), 0.5),
+        "linear_gelu": lambda: fk.linear_gelu(x, w.clone().requires_grad_(), w[:, 0]).sum().backward(),
+        "norm_modulate_fp8": lambda: fk.norm_modulate_fp8(x),
+        "gate_residual_norm_modulate_fp8": lambda: fk.gate_residual_norm_modulate_fp8(x, x),
+        "gelu_fp8": lambda: fk.gelu_fp8(x),
+        "attention_fp8": lambda: fk.attention_quantized(*qkv.unbind(2), 0.5),
+        "lfq": lambda: fk.lfq(x, 8),
+        "pack_tokens": lambda: fk.pack_tokens(tokens, 9),
+        "unpack_tokens": lambda: fk.unpack_tokens(fk.pack_tokens(tokens, 9), 9, 5),
+        "euler_step": lambda: fk.euler_step(z, z, dt=0.1),
+        "step_boundary": lambda: fk.step_boundary(x, x[:, 0], x[:, 0], w, w[:, 0], z, w.T, w[0], dt=0.1),
+        "hold_norms": lambda: fk.hold_norms_(weights, norms),
+        "ema": lambda: fk.ema_(weights, [2 * weights[0]], 0.5),
+        "adam_hold_ema": lambda: fk.adam_hold_ema_(weights, weights, weights, weights, step=1, lr=0.1),
+    }
+
+
+@pytest.mark.skipif(not INTERPRETED or _dispatch.why_no_triton() is not None, reason="of interpreted kernels")
+def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing implementations says nothing where one runs in the place of the other."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched: list[str] = []
+
+    def count(executor: Any, *arguments: Any, **keywords: Any) -> None:
+        launched.append(executor.fn.__name__)
+        launch(executor, *arguments, **keywords)
+
+    launch = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    calls = small_calls()
+    assert set(calls) == {op for op, implementations in _dispatch.OPS.items() if implementations}
+    for op, call in calls.items():
+        for choice in ("ref", "auto", "triton"):
+            launched.clear()
+            with use(choice):
+                call()
+            assert bool(launched) == (choice == "triton"), f"{op}, {choice}: {launched}"
 
 
 def test_context_is_left_on_an_error() -> None:
