@@ -101,6 +101,18 @@ def test_large_logits(device: str) -> None:
     assert not triton_module.is_bounded(8.0, torch.float16)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_logits_far_below_zero(device: str) -> None:
+    """Keys beyond the end have a logit of zero there, so far above those that count that its exponential overflows."""
+    near = 5 + 0.02 * random(1, 19, 1, 16, device=device)
+    leaves = [t.requires_grad_() for t in (near, -near.flip(1), random(1, 19, 1, 16, device=device, seed=1))]
+    o = joint_attention(*leaves, 0.5, backend="triton")
+    exact = joint_attention_ref(*(t.detach().double() for t in leaves), 0.5)
+    # Logits of about -200 are known to four roundings of them, and so are the weights relatively.
+    assert ((o - exact).abs() <= 4 * 2**-24 * 200 * leaves[2].abs().max()).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.square().sum(), leaves))
+
+
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_reads_channels_that_are_not_contiguous(which: int, device: str) -> None:

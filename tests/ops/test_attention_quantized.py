@@ -126,6 +126,20 @@ def test_large_logits_and_rows_of_zeros(device: str) -> None:
             check(attention_quantized(q, k, v, 0.5, format=format), q, k, v, 0.5, format)
 
 
+@pytest.mark.parametrize("implementation", ["ref", "triton"])
+@pytest.mark.parametrize("keys", [1, 3, 64])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_mean_of_numbers_that_eight_bits_hold_is_exact(keys: int, implementation: str, device: str) -> None:
+    """Queries of zero weigh all keys alike, at 256 / 256; so nothing but the scales could be off, by any factor."""
+    v = 2.0 ** torch.randint(-3, 4, (1, keys, 2, 128), generator=torch.Generator().manual_seed(0))
+    v[:, 0], v[:, -1] = 8, 8  # one scale for all blocks
+    v = v.to(device)
+    with use(implementation):
+        o = attention_quantized(torch.zeros_like(v), v, v, 0.5)
+    # Roundings of the scale, of the sum of up to 64 numbers and of the quotient.
+    torch.testing.assert_close(o, v.mean(1, keepdim=True).expand_as(v), rtol=70 * 2**-24, atol=0)
+
+
 def test_backends_of_joint_attention(device: str) -> None:
     q, k, v = make((1, 5, 2, 16), device)
     for format in ("fp8", "int8"):
