@@ -177,7 +177,8 @@ class SamplerPlan:
         tokens = plan(labels)
 
     A smaller batch runs padded. Changes of the weights in place are seen. The noise comes from the plan's own
-    generator; the same `seed` gives the same tokens of the same labels.
+    generator; the same `seed` gives the same tokens of the same labels. Calls of one plan are ordered even from several
+    streams; threads take turns, and without seeds each continues the noise of whoever had the turn before.
 
     Attributes:
         captured: whether calls replay a CUDA graph.
@@ -203,12 +204,16 @@ class SamplerPlan:
         self._labels = torch.full((batch,), model.config.null_class, dtype=torch.int64, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output = torch.empty(0)
+        self._lock = threading.RLock()  # labels, noise and result have one buffer each
+        self._done = torch.cuda.Event() if self.device.type == "cuda" else None
         if graph and self.device.type == "cuda":
             try:
                 self._capture()
             except RuntimeError as error:
                 torch.cuda.synchronize(self.device)
                 warnings.warn(f"no CUDA graph, running eagerly ({str(error).splitlines()[0]})", stacklevel=2)
+        if self._done is not None:  # a first call from another stream finds the buffers ready
+            self._done.record(torch.cuda.current_stream(self.device))
 
     @property
     def captured(self) -> bool:
@@ -230,14 +235,21 @@ class SamplerPlan:
         n = labels.shape[0]
         if n > self.batch:
             raise ValueError(f"labels: {n} pictures, but the plan was made for {self.batch}; split them or plan anew")
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        self._labels.fill_(self.model.config.null_class)
-        self._labels[:n].copy_(labels)
-        if self._graph is None:
-            return self._run(self.config)[:n]
-        self._graph.replay()
-        return self._output[:n].clone()
+        with self._lock:
+            if self._done is not None:
+                torch.cuda.current_stream(self.device).wait_event(self._done)
+            if seed is not None:
+                self.generator.manual_seed(seed)
+            self._labels.fill_(self.model.config.null_class)
+            self._labels[:n].copy_(labels)
+            if self._graph is None:
+                tokens = self._run(self.config)[:n]
+            else:
+                self._graph.replay()
+                tokens = self._output[:n].clone()
+            if self._done is not None:
+                self._done.record(torch.cuda.current_stream(self.device))
+        return tokens
 
     def _run(self, config: TokenSamplerConfig) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):

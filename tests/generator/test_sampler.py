@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -295,6 +296,28 @@ def test_plan_repeats_by_seed_and_pads():
     assert not torch.equal(plan(labels), plan(labels))
 
 
+def test_threads_share_a_plan():
+    """A server's threads: the tokens of a call are those of its own labels and seed, as if it had been alone."""
+    plan = SamplerPlan(network(), 4, TokenSamplerConfig(steps=6))
+    labels = torch.randint(0, 3, (24, 4), generator=torch.Generator().manual_seed(0))
+
+    def work(i: int) -> Tensor:
+        return plan(labels[i, : 2 + i % 3], seed=i)
+
+    alone = [work(i) for i in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(24)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+    plan.generator.manual_seed(0)
+    in_turn = [plan(labels[0]) for _ in range(8)]
+    plan.generator.manual_seed(0)
+    with ThreadPoolExecutor(4) as pool:
+        unseeded = list(pool.map(lambda _: plan(labels[0]), range(8)))
+    # whoever came first: the noise is continued, and none of it is used twice
+    assert sorted(t.tolist() for t in unseeded) == sorted(t.tolist() for t in in_turn)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -335,3 +358,21 @@ def test_captured_plan():
         model.head.bias[5] = 100.0
     assert (plan(labels) == 5).all()  # the graph reads the weights where they are
     assert torch.equal(plan(labels[:2]), eager(labels[:2]))
+
+
+@pytest.mark.gpu
+def test_threads_and_streams_share_a_captured_plan():
+    plan = SamplerPlan(network().cuda(), 4, TokenSamplerConfig(steps=6))
+    labels = torch.randint(0, 3, (24, 4), generator=torch.Generator().manual_seed(0)).cuda()
+    alone = [plan(labels[i], seed=i) for i in range(24)]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tokens = plan(labels[i], seed=i)
+            torch.cuda.current_stream().synchronize()
+        return tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(24)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
