@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import flowmo_kernels
 from flowmo_kernels import KernelUnavailableError, _dispatch, _library, chosen, describe, use
@@ -91,20 +93,29 @@ def test_interpreted_triton_must_be_asked_for() -> None:
     assert chosen("norm_modulate", CPU) == "ref"
 
 
-def small_calls() -> dict[str, Callable[[], object]]:
-    """A call of every op that has kernels, with whatever of it makes one run."""
+def small_calls() -> dict[str, Callable[[], Any]]:
+    """A call of every op that has kernels, with whatever of it makes one run; gives what it made or changed."""
     fk = flowmo_kernels
     x, w, z = random(1, 4, 32), random(12, 32), random(1, 4, 12)
     qkv, gains, turn = random(1, 4, 3, 2, 16), torch.ones(2, 16), (torch.ones(4, 8), torch.zeros(4, 8))
-    tokens, weights = torch.arange(5)[None], [random(3, 4)]
-    norms = fk.weight_norms(weights)
+    tokens, norms = torch.arange(5)[None], fk.weight_norms([3 * w])
+
+    def changed(update: Callable[..., None], **options: Any) -> list[Tensor]:
+        tensors = [[random(12, 32, seed=i).abs()] for i in range(4 if options else 1)]
+        update(*tensors, **options)
+        return [t for (t,) in tensors]
+
+    def slopes() -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, w, w[:, 0])]
+        return torch.autograd.grad(fk.linear_gelu(*leaves).sum(), leaves)
+
     return {
         "norm_modulate": lambda: fk.norm_modulate(x),
         "gate_residual": lambda: fk.gate_residual(x, x),
         "gate_residual_norm_modulate": lambda: fk.gate_residual_norm_modulate(x, x),
         "qk_norm_rope": lambda: fk.qk_norm_rope(qkv, gains, gains, turn),
         "joint_attention": lambda: fk.joint_attention(*qkv.unbind(2), 0.5),
-        "linear_gelu": lambda: fk.linear_gelu(x, w.clone().requires_grad_(), w[:, 0]).sum().backward(),
+        "linear_gelu": slopes,
         "norm_modulate_fp8": lambda: fk.norm_modulate_fp8(x),
         "gate_residual_norm_modulate_fp8": lambda: fk.gate_residual_norm_modulate_fp8(x, x),
         "gelu_fp8": lambda: fk.gelu_fp8(x),
@@ -114,15 +125,15 @@ def small_calls() -> dict[str, Callable[[], object]]:
         "unpack_tokens": lambda: fk.unpack_tokens(fk.pack_tokens(tokens, 9), 9, 5),
         "euler_step": lambda: fk.euler_step(z, z, dt=0.1),
         "step_boundary": lambda: fk.step_boundary(x, x[:, 0], x[:, 0], w, w[:, 0], z, w.T, w[0], dt=0.1),
-        "hold_norms": lambda: fk.hold_norms_(weights, norms),
-        "ema": lambda: fk.ema_(weights, [2 * weights[0]], 0.5),
-        "adam_hold_ema": lambda: fk.adam_hold_ema_(weights, weights, weights, weights, step=1, lr=0.1),
+        "hold_norms": lambda: changed(lambda v: fk.hold_norms_(v, norms)),
+        "ema": lambda: changed(lambda v: fk.ema_(v, [w], 0.75)),
+        "adam_hold_ema": lambda: changed(fk.adam_hold_ema_, step=2, lr=0.1),
     }
 
 
 @pytest.mark.skipif(not INTERPRETED or _dispatch.why_no_triton() is not None, reason="of interpreted kernels")
 def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparing implementations says nothing where one runs in the place of the other."""
+    """Comparing implementations says nothing where one runs in the place of the other, or with other arguments."""
     from triton.runtime.interpreter import GridExecutor
 
     launched: list[str] = []
@@ -136,11 +147,17 @@ def test_what_is_chosen_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = small_calls()
     assert set(calls) == {op for op, implementations in _dispatch.OPS.items() if implementations}
     for op, call in calls.items():
+        made = {}
         for choice in ("ref", "auto", "triton"):
             launched.clear()
             with use(choice):
-                call()
+                made[choice] = tree_leaves(call())
             assert bool(launched) == (choice == "triton"), f"{op}, {choice}: {launched}"
+        for got, want in zip(made["triton"], made["ref"], strict=True):
+            # Sums of at most 32 numbers of a few units; 8 bits on either side of a tie.
+            ties = 2**-3 if op.endswith("fp8") else 0
+            off = (got.float() - want.float()).abs()
+            assert (off <= 1e-4 + ties * want.float().abs()).all(), op
 
 
 def test_context_is_left_on_an_error() -> None:

@@ -109,6 +109,8 @@ def test_linear_into_memory_that_is_there(device: str) -> None:
     whole = torch.zeros(24, 48, dtype=torch.bfloat16, device=device)
     for out in (whole, buffer[1, :, 16:]):
         assert linear_fp8(*arguments, dtype=torch.float32, out=out) is out and torch.equal(out, expected)
+    wide = torch.zeros(24, 48, device=device)
+    assert torch.equal(linear_fp8(*arguments, out=wide), linear_fp8(*arguments, dtype=torch.float32))
     assert (buffer[0] == 0).all() and (buffer[1, :, :16] == 0).all()
     with pytest.raises(ValueError, match="expected \\(24, 48\\)"):
         linear_fp8(*arguments, out=whole[:3])
@@ -145,10 +147,14 @@ def test_library_op_and_compile(device: str) -> None:
 
 def test_bad_input() -> None:
     x, r, gate, shift, scale = make((1, 5, 16, 2), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="both shift and scale"):
-        norm_modulate_fp8(x, shift)
-    with pytest.raises(ValueError, match="must have one shape"):
-        gate_residual_norm_modulate_fp8(x, r[:, :2])
+    for implementation in ("ref", "triton"):
+        with use(implementation):
+            with pytest.raises(ValueError, match="both shift and scale"):
+                norm_modulate_fp8(x, shift)
+            with pytest.raises(ValueError, match="both shift and scale"):
+                gate_residual_norm_modulate_fp8(x, r, gate, shift, split=2)
+            with pytest.raises(ValueError, match="must have one shape"):
+                gate_residual_norm_modulate_fp8(x, r[:, :2])
     values, scales = gate_residual_norm_modulate_fp8_ref(x, r, gate, shift, scale, split=2)[1:]
     with pytest.raises(ValueError, match="see quantize_rows"):
         linear_fp8(x, scales, values[0], scales[0])

@@ -97,6 +97,8 @@ def test_bad_input(device: str) -> None:
             with pytest.raises(ValueError, match="do not fit"):
                 linear_gelu(x, w.t(), b)
             with pytest.raises(ValueError, match="do not fit"):
+                linear_gelu(x[..., 1:], w, b)
+            with pytest.raises(ValueError, match="do not fit"):
                 linear_gelu(x, w, b[:3])
     with use("triton"), pytest.raises(ValueError, match="give one dtype, or call it under autocast"):
         linear_gelu(x.bfloat16(), w, b)
