@@ -118,7 +118,8 @@ def update_chunks_kernel(
             b_v = beta2 * tl.load(p_v + o_w, mask=m_w, other=0.0) + (1.0 - beta2) * b_g * b_g
             tl.store(p_m + o_w, b_m, mask=m_w)
             tl.store(p_v + o_w, b_v, mask=m_w)
-            b_w -= lr_step * (b_m / (tl.sqrt_rn(b_v) * scale2 + eps))
+            # Beyond the end 0 / eps, which an eps of 0 would make a NaN of, and the norm with it.
+            b_w -= tl.where(m_w, lr_step * (b_m / (tl.sqrt_rn(b_v) * scale2 + eps)), 0.0)
             tl.store(p_w + o_w, b_w, mask=m_w)
         if HOLD != "none":
             b_square += b_w * b_w

@@ -108,6 +108,21 @@ def test_adam_is_torchs_adam(implementation: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
+def test_norms_are_held_without_eps(per_channel: bool, implementation: str, device: str) -> None:
+    """What lies beyond the end of a row or weight is 0 / 0 then, and must not count."""
+    (w,) = weights_of([(7, 5)], device)
+    held = weight_norms([w], per_channel=per_channel)
+    before = w.clone()
+    with use(implementation):
+        adam_hold_ema_(
+            [w], [random(7, 5, device=device, seed=1)], [torch.zeros_like(w)], [torch.zeros_like(w)],
+            step=1, lr=0.1, eps=0.0, norms=held, per_channel=per_channel,
+        )  # fmt: skip
+    torch.testing.assert_close(weight_norms([w], per_channel=per_channel)[0], held[0], rtol=1e-6, atol=0)
+    assert not torch.equal(w, before)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
 def test_hold_restores_the_norms_and_keeps_the_direction(per_channel: bool, implementation: str, device: str) -> None:
     w = weights_of([(7, 5), (64, 129), (3,)], device)
     norms = weight_norms(w, per_channel=per_channel)

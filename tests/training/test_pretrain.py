@@ -249,16 +249,50 @@ def test_average_follows_its_decay(model):
 
 def test_parameters_without_gradient_keep_their_moments():
     named = {k: torch.nn.Parameter(torch.ones(2)) for k in "ab"}
-    optimizer = AdamHoldEMA(named, OptimConfig())
+    optimizer = AdamHoldEMA(named, OptimConfig(ema_decay=0.5, ema_every=1))
     for p in named.values():
         p.grad = torch.ones(2)
     optimizer.step(0.1)
-    moments = optimizer.exp_avg["a"].clone()
+    moments, average = optimizer.exp_avg["a"].clone(), optimizer.average["a"].clone()
     frozen = named["a"].detach().clone()
     named["b"].grad = torch.ones(2)
     optimizer.step(0.1)
     assert torch.equal(optimizer.exp_avg["a"], moments) and torch.equal(named["a"], frozen)
     assert not torch.equal(named["b"], frozen)
+    # Its average goes on towards it.
+    torch.testing.assert_close(optimizer.average["a"], 0.5 * average + 0.5 * frozen, rtol=1e-6, atol=0)
+    assert not torch.equal(average, frozen)
+
+
+def test_norms_that_processes_hold_together_are_those_of_one(model):
+    """The way of sharded matrices, which sums squares over processes, here of one process; with steps not taken."""
+    torch.manual_seed(0)
+    weights = {k: p.detach().clone() for k, p in model.decoder.named_parameters(prefix="decoder")}
+    weights["decoder.double_blocks.0.img_mlp.0.weight"].zero_()  # has no norm to hold
+    ends = []
+    for joint in (False, True):
+        named = {k: torch.nn.Parameter(w.clone()) for k, w in weights.items()}
+        optimizer = AdamHoldEMA(named, OptimConfig(ema_decay=0.5, ema_every=2))
+        optimizer.joint = joint
+        for step, finite in enumerate((True, False, True, True)):
+            generator = torch.Generator().manual_seed(step)
+            for p in named.values():
+                noise = torch.randn(p.shape, generator=generator)
+                p.grad = noise if finite else torch.full_like(noise, math.nan)
+            before = {k: p.detach().clone() for k, p in named.items()}
+            optimizer.step(0.01, torch.tensor(0.0 if finite else 1.0))
+            assert finite != all(torch.equal(p, before[k]) for k, p in named.items())
+        averages = {f"{k} average": a for k, a in optimizer.average.items()}
+        ends.append({k: p.detach().clone() for k, p in named.items()} | averages)
+    optimizer = AdamHoldEMA(named, OptimConfig())
+    key = "decoder.double_blocks.0.img_attn.qkv.weight"
+    with torch.no_grad():
+        named[key].zero_()
+    optimizer._hold_jointly([key], None)
+    assert (named[key] == 0).all(), "a weight that has become zero stays finite"
+    for key, want in ends[0].items():
+        # Norms of up to 49,152 numbers, summed in another order: 8 roundings in halves, three steps and the product.
+        torch.testing.assert_close(ends[1][key], want, rtol=3e-6, atol=1e-7)
 
 
 def test_adam_matches_torch():
