@@ -10,38 +10,63 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
 import flowmo_kernels
+from flowmo.one_voice import one_voice, rank_and_world
 
 # Errors whose message is written for the user. Anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
 
 
+class _Misuse(Exception):
+    """What argparse would print about a command line before it ends the process."""
+
+
 def run(command: Callable[[list[str]], int | None]) -> None:
-    """Run a command with the arguments of the process and exit with its code; `--debug` keeps tracebacks."""
+    """Run a command with the arguments of the process and exit with its code; `--debug` keeps tracebacks.
+
+    Of several processes that torchrun started, one says an error that all have, and each its own.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.captureWarnings(True)
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    format_before = warnings.formatwarning
+    format_before, misuse_before = warnings.formatwarning, argparse.ArgumentParser.error
     if not debug:  # where a warning comes from says nothing to who reads a command's output
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}"
+    rank, world = rank_and_world()
+    if world > 1:
+        argparse.ArgumentParser.error = _misused  # type: ignore[method-assign, assignment]
     try:
         code = command([a for a in arguments if a != "--debug"])
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except _Misuse as error:
+        with one_voice(str(error)) as whose:
+            if whose is not None:
+                print(f"{error}{whose}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except EXPECTED as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"error: {error}\n(--debug shows where)", file=sys.stderr)
+        with one_voice(f"{type(error).__name__}: {error}") as whose:
+            if whose is not None:
+                said = f"error{whose}: {error}\n(--debug shows where)"
+                if debug:
+                    said = (f"error{whose}:\n" if whose else "") + traceback.format_exc().rstrip()
+                print(said, file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         warnings.formatwarning = format_before
+        argparse.ArgumentParser.error = misuse_before  # type: ignore[method-assign]
     sys.exit(code or 0)
+
+
+def _misused(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise _Misuse(f"{parser.format_usage()}{parser.prog}: error: {message}")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
