@@ -16,7 +16,16 @@ from torch import Tensor
 
 from flowmo.autoencoder import FlowMo
 from flowmo.config import HeldoutConfig
-from flowmo.data import ImageFolder, center_crop, heldout_photographs, normalize, resize_shorter, to_tensor
+from flowmo.data import (
+    ArchiveImages,
+    ImageFolder,
+    center_crop,
+    heldout_photographs,
+    normalize,
+    resize_shorter,
+    to_tensor,
+)
+from flowmo.data.archive import find_archives
 from flowmo.files import atomic_write
 from flowmo.metrics import Moments, frechet_distance, psnr
 from flowmo.perceptual.inception import load_inception
@@ -130,12 +139,13 @@ class Reconstructions:
 
 
 def heldout_images(path: str, size: int, count: int) -> Tensor:  # [N, 3, size, size] in [-1, 1]
-    """Centre crops of a folder's first pictures, or tiles of the built-in held-out photographs for "samples"."""
+    """Centre crops of a folder's or archive's pictures, evenly spaced; for "samples", tiles of the held-out photographs."""
     if path == "samples":
         side = 4 * size
         photographs = [to_tensor(center_crop(resize_shorter(p, side), side)) for p in heldout_photographs().values()]
         tiles = torch.stack(photographs).unfold(2, size, size).unfold(3, size, size)  # [P, 3, 4, 4, size, size]
         return tiles.permute(2, 3, 0, 1, 4, 5).reshape(-1, 3, size, size)[:count]
-    folder = ImageFolder(path, size, crop="center", as_uint8=True)
-    step = max(1, len(folder) // count)
-    return torch.stack([normalize(folder[i].image) for i in range(0, len(folder), step)][:count])
+    kind = ArchiveImages if find_archives(path) else ImageFolder
+    pictures = kind(path, size, crop="center", as_uint8=True)
+    step = max(1, len(pictures) // count)
+    return torch.stack([normalize(pictures[i].image) for i in range(0, len(pictures), step)][:count])

@@ -19,6 +19,7 @@ from flowmo.data.tokens import TokenCache
 from flowmo.evaluation import ArchivePictures, FolderPictures, open_images, open_pictures
 from flowmo.evaluation.pictures import read_batches
 from flowmo.format import TokenFile
+from flowmo.training.heldout import heldout_images
 
 
 def picture(seed: int, form: str) -> bytes:
@@ -103,6 +104,11 @@ def test_the_command_gives_the_same_numbers_and_names_the_archive(place: Path, t
     assert said["subset"] == "4 of 11, evenly spaced"
     three = ", ".join(str(place / "shards" / f"val-00{s}.tar") for s in range(3))
     assert results["shards"]["protocol"]["pictures"] == three
+
+
+def test_held_out_pictures_of_a_run_may_be_packed(place: Path) -> None:
+    packed, loose = (heldout_images(str(place / name), 32, 4) for name in ("flat.tar", "flat"))
+    assert packed.shape == (4, 3, 32, 32) and torch.equal(packed, loose)
 
 
 def test_tokens_of_an_archive(place: Path, tmp_path: Path) -> None:
