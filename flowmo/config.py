@@ -260,7 +260,7 @@ class DistillConfig:
 class HeldoutConfig:
     """Held-out pictures, measured as training goes; a run that no longer gets better stops."""
 
-    # A folder of images or "samples", for stage maskgit a token cache; null: "samples" where data.path is, else none.
+    # A folder or archive of images or "samples", for stage maskgit a token cache; null: "samples" where data.path is.
     path: str | None = None
     images: int = 64
     every: int = 0  # steps; 0 never

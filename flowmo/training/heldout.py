@@ -139,7 +139,7 @@ class Reconstructions:
 
 
 def heldout_images(path: str, size: int, count: int) -> Tensor:  # [N, 3, size, size] in [-1, 1]
-    """Centre crops of a folder's or archive's pictures, evenly spaced; for "samples", tiles of the held-out photographs."""
+    """Centre crops of a folder's or archive's pictures, evenly spaced, or, for "samples", tiles of photographs."""
     if path == "samples":
         side = 4 * size
         photographs = [to_tensor(center_crop(resize_shorter(p, side), side)) for p in heldout_photographs().values()]
