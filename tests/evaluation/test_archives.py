@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = sorted(p.name for p in (path / "flat").iterdir())
     for s in range(3):
         pack(path / "flat", path / "shards" / f"val-{2 - s:03d}.tar", names[s::3])
-    (path / "posteriser.py").write_text("def reconstruct(x):\n    return (x * 4).round() / 4\n")
+    (path / "quarters.py").write_text("def reconstruct(x):\n    return (x * 4).round() / 4\n")
     return path
 
 
@@ -94,7 +94,7 @@ def test_the_command_gives_the_same_numbers_and_names_the_archive(place: Path, t
     assert len(open_images(place / "shards", 32, "short.json")) == 10, "headers were read though there is an index"
     results = {}
     for name, *more in (("flat",), ("flat.tar",), ("shards", "--index", "index.json")):
-        evaluate.main(["--tokenizer", "posteriser:reconstruct", "--size", "32", "--data", str(place / name), "--device",
+        evaluate.main(["--tokenizer", "quarters:reconstruct", "--size", "32", "--data", str(place / name), "--device",
                        "cpu", "--skip", "fid,lpips", "--limit", "4", "--batch", "3", *more])  # fmt: skip
         results[name] = json.loads(Path("evaluation.json").read_text())
     numbers = [r["metrics"] for r in results.values()]
