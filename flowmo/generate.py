@@ -7,7 +7,7 @@
 Writes DIR/pictures/NUMBER_CLASS.png, DIR/grid.png (a row to a class) and DIR/samples.npz with arr_0, uint8
 [N, H, W, 3], and arr_1, the classes: balanced and shuffled, as the ADM evaluator wants it.
 The same command again goes on where it was stopped, after kill -9 too, also with another number of processes, and
-ends in the same pictures, bit for bit; DIR/settings.json says what they depend on.
+ends in the same pictures, bit for bit on one kind of card; DIR/settings.json says what they depend on.
 Several processes, which torchrun starts, draw the same pictures as one with the same --seed and --batch; torchrun
 wants --per-class written for --n.
 """
