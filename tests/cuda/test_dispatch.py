@@ -13,6 +13,7 @@ from torch import Tensor
 
 import flowmo_kernels.step_boundary
 from flowmo_kernels import _ext
+from flowmo_kernels._triton import INTERPRETED
 
 from .host.executor import HostExecutor
 from .tools import randn
@@ -21,7 +22,14 @@ ops = torch.ops.flowmo_kernels
 
 
 @pytest.fixture(autouse=True)
-def on_the_host(executor: HostExecutor) -> Iterator[None]:
+def on_the_host(executor: HostExecutor, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing but the executor runs: interpreted Triton in its place would give the same numbers."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a Triton kernel was launched where a CUDA kernel was asked for")
+
+    if INTERPRETED:
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", refuse)
     with _ext.launching_with(executor):
         yield
 
@@ -120,6 +128,12 @@ def test_euler_step() -> None:
 
     z, v, null = (randn(2, 3, 12, seed=s) for s in (1, 2, 3))
     agree(ops.euler_step(z, v, null, 0.2, 1.5, "cuda"), euler_step_ref(z, v, null, dt=0.2, w=1.5))
+    # The copy of the state has the velocity's dtype, and its gradient too.
+    v, null = v.half(), null.half()
+    upstream = randn(*z.shape, seed=50), randn(*z.shape, seed=51).half()
+    got = ops.euler_step_backward(*upstream, v, True, 0.2, 1.5, "cuda")
+    total = upstream[0] + upstream[1].float()
+    agree(got, (total, (-0.2 * 1.5 * total).half(), (-0.2 * -0.5 * total).half()))
 
 
 def test_step_boundary() -> None:

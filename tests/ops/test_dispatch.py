@@ -97,7 +97,7 @@ def small_calls() -> dict[str, Callable[[], Any]]:
     """A call of every op that has kernels, with whatever of it makes one run; gives what it made or changed."""
     fk = flowmo_kernels
     x, w, z = random(1, 4, 32), random(12, 32), random(1, 4, 12)
-    qkv, gains, turn = random(1, 4, 3, 2, 16), torch.ones(2, 16), (torch.ones(4, 8), torch.zeros(4, 8))
+    qkv, gains, turn = random(1, 4, 3, 2, 16), random(2, 16), (torch.ones(4, 8), torch.zeros(4, 8))
     tokens, norms = torch.arange(5)[None], fk.weight_norms([3 * w])
 
     def changed(update: Callable[..., None], **options: Any) -> list[Tensor]:
