@@ -86,8 +86,21 @@ def compare(names: list[str], got: tuple[Tensor, ...], reference: list[Tensor | 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_norm_modulate(machine: Machine, case: Case, dtype: torch.dtype) -> None:
-    t = tensors(case, dtype)
+    run_norm_modulate(machine, case, tensors(case, dtype))
 
+
+@pytest.mark.parametrize("width", [40, 2600])
+def test_rows_of_a_variance_like_eps(machine: Machine, width: int) -> None:
+    """By either kernel; a row of one number, whose variance is zero, has a finite gradient."""
+    case = Case(1, 4, width, 1)
+    t = tensors(case, torch.float32)
+    assert t["x"] is not None
+    t["x"] = 1e-3 * t["x"]
+    t["x"][:, 1] = 0.5
+    run_norm_modulate(machine, case, t)
+
+
+def run_norm_modulate(machine: Machine, case: Case, t: dict[str, Tensor | None]) -> None:
     def body(x: Tensor, shift: Tensor | None, scale: Tensor | None, dy: Tensor) -> tuple[Tensor, ...]:
         y = _cuda.norm_modulate(x, shift, scale, case.split, 1e-6)
         return y, *_cuda.norm_modulate_backward(dy, x, scale, case.split, 1e-6)

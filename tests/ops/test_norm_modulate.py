@@ -64,6 +64,14 @@ def test_modulation_of_another_dtype(implementation: str, device: str) -> None:
     run((2, 5, 24, 2), "two", torch.float16, implementation, mods=torch.float16, device=device)
 
 
+def test_rows_of_a_variance_like_eps(implementation: str, device: str) -> None:
+    """A row of one number, whose variance is zero, has a finite gradient."""
+    x = 1e-3 * random(2, 4, 40, device=device)
+    x[:, 1] = 0.5
+    vectors = [random(2, 40, device=device, seed=s) for s in (1, 2)]
+    judge(norm_modulate, norm_modulate_ref, (x, *vectors), implementation, terms=44)
+
+
 def test_several_rows_to_a_program(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Tiles of 2 rows, 3 times over, so that programs loop, end early, and meet at the split."""
     launch = _rows.RowLaunch(hi=16, lo=8, rows=2, iters=3, num_warps=1)

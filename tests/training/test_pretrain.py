@@ -188,6 +188,39 @@ def test_frozen_encoder_gets_no_gradient(model, images):
     assert model.encoder.img_in.weight.grad is not None
 
 
+def test_perceptual_distance_is_that_of_the_denoised_picture(model, images, monkeypatch):
+    """At every noise level the true velocity, z - data = (x_t - data) / t, leads back to it; none leaves x_t."""
+    data, seen, levels, factors = patchify(images, 4), [], [], [1.0, 0.0]
+
+    def velocity(x, t, condition):
+        levels.append(t)
+        return factors[len(levels) - 1] * (x - data) / t[:, None, None]
+
+    def perceptual(given, denoised):
+        assert given is images
+        seen.append(denoised)
+        return denoised.new_full((4,), 3.0)
+
+    monkeypatch.setattr(model, "velocity", velocity)
+    for _ in factors:
+        out = losses(model, images, perceptual=perceptual, entropy=0.0, commitment=0.0, perceptual_weight=2.0)
+    assert bool(((levels[0] > 0.01) & (levels[0] < 1)).all()), "levels at which there is something to see"
+    # Three roundings of numbers of a few units, the quotient's times t again.
+    torch.testing.assert_close(seen[0], images, rtol=0, atol=8 * 2**-24 * 4)
+    mixed = (patchify(seen[1], 4) - data) / levels[0][:, None, None] + data  # z where x_t = t z + (1 - t) data
+    error = 5 / math.sqrt(mixed.numel())
+    assert abs(float(mixed.mean())) < error and abs(float(mixed.std()) - 1) < error
+    assert out["total"].item() == pytest.approx(out["flow"].item() + 6)
+
+
+def test_code_counts_are_those_of_all_tokens_seen(model, images):
+    counts = torch.zeros(2**model.config.entropy_bits, dtype=torch.int64)
+    for _ in range(2):
+        pretrain_loss(model, images, LossConfig(), NoiseConfig(), code_counts=counts)
+    tokens = model.quantize(model.latent(images)).tokens
+    assert torch.equal(counts, 2 * torch.bincount(tokens.flatten(), minlength=len(counts)))
+
+
 def test_perceptual_gradient_reaches_the_decoder(model, images):
     losses(model, images, perceptual=load_perceptual("random"), perceptual_weight=1000.0)["total"].backward()
     with_perceptual = model.decoder.img_in.weight.grad.clone()
