@@ -76,6 +76,7 @@ class Line(Stage):
         super().__init__(config, device)
         self.model = self.empty_model()
         self.trained = dict(self.model.named_parameters())
+        self.asked = []
 
     def empty_model(self):
         return Slope(1, 1, bias=False)
@@ -87,6 +88,7 @@ class Line(Stage):
         return Descent(self.trained)
 
     def learning_rate(self, step, progress):
+        self.asked.append((step, progress))
         return 0.1
 
     def forward(self, batch, generator):
@@ -115,6 +117,8 @@ def slope(tmp_path, monkeypatch, capsys):
 def test_a_model_of_one_number_trains_logs_saves_and_resumes(slope):
     """Nothing of pictures, codes or FlowMo: no grid, no TensorBoard picture, a model of its own form."""
     trainer, run, said = slope
+    # What a schedule goes by; the log asks for the rate of the step to come.
+    assert set(trainer.stage.asked) == {(step, step / 25) for step in range(10, 26)}
     assert float(torch.load(run / "model" / "slope.pt", weights_only=True)["weight"]) == pytest.approx(3, abs=1e-3)
     log = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == [7, 10, 14, 21, 25] and log[-1]["slope"] == pytest.approx(3, abs=1e-3)
