@@ -72,6 +72,25 @@ def test_random_shapes(b: int, n: int, d: int, p: int, shared: bool, guided: boo
     run((b, n, d, p, shared), torch.float32, guided, "triton", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_norms_of_a_variance_like_eps(which: str, implementation: str, device: str) -> None:
+    inputs = make((1, 7, 40, 12, False), torch.float32, False, device)
+    h, shift, scale, *rest = inputs[:8]
+    assert h is not None and shift is not None and scale is not None
+    if which == "first":
+        h = 1e-3 * h
+    else:
+        shift, scale = 1e-3 * shift, 1e-3 * scale - 1
+    judge(
+        lambda *a: step_boundary(*a, dt=0.3),
+        lambda *a: step_boundary_ref(*a, dt=0.3),
+        (h, shift, scale, *rest),
+        implementation,
+        terms=52,
+        gradients=False,
+    )
+
+
 def test_large_mean_does_not_lose_the_variance(implementation: str, device: str) -> None:
     """Rows of mean 1000 and deviation 1: a sum of squares in fp32 would lose three digits, deviations lose none."""
     inputs = make((1, 7, 130, 12, False), torch.float32, False, device)

@@ -7,13 +7,15 @@ import math
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from flowmo.config import parse
+from flowmo.config import HeldoutConfig, parse
 from flowmo.training import loop
+from flowmo.training.heldout import CURVE, Heldout, read_curve
 from flowmo.training.log import RunLog
 from flowmo.training.loop import Trainer
 from flowmo.training.session import length_note
@@ -176,3 +178,23 @@ def test_length_is_told_by_the_median_step(slope):
     assert note.startswith("0.500 s a step (median of 5): 10.00 days to go")
     assert "0.04 days to go" in length_note([0.5], 1_728_000, 3456.0)
     assert "days to go" not in slope[2], "nothing is guessed on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "exhausted"),
+    [
+        ("psnr", [math.nan, 20.0, 21.0, 20.5, 21.0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]),
+        ("rfid", [20.0, math.inf, 20.0, 19.0, 21.0], [1, 0, 0, 1, 0], [0, 0, 1, 0, 0]),
+    ],
+)
+def test_best_is_the_highest_psnr_and_the_lowest_of_distances(tmp_path, metric, values, best, exhausted):
+    """Of finite numbers, and strictly; `patience` measurements in a row without one are the end."""
+    left = iter(values)
+    heldout = Heldout(HeldoutConfig(metric=metric, patience=2), lambda model: {metric: next(left)}, tmp_path)
+    saved, ends = [], []
+    for step in range(len(values)):
+        saved.append(0)
+        heldout.update(step, SimpleNamespace(save_pretrained=lambda path: saved.append(saved.pop() + 1)))
+        ends.append(heldout.exhausted)
+    assert saved == best == [r["best"] for r in read_curve(tmp_path / CURVE)] and ends == exhausted
+    assert heldout.best_step == max(i for i, b in enumerate(best) if b)
