@@ -422,6 +422,9 @@ def check(config: Config) -> None:
         raise ConfigError("stage=posttrain needs init=: a pre-training run, a model folder or a released checkpoint")
     if config.heldout.metric == "rfid" and config.heldout.every and config.heldout.inception_weights is None:
         raise ConfigError("heldout.metric=rfid needs heldout.inception_weights=PATH; or take perceptual or psnr")
+    distance = config.stage != "pretrain" or config.loss.perceptual != "none"
+    if config.heldout.metric == "perceptual" and config.heldout.every and not distance:
+        raise ConfigError("loss.perceptual=none leaves no distance to heldout.metric=perceptual; set heldout.metric=psnr")
 
 
 def _value(config: Config, key: str) -> Any:

@@ -181,6 +181,9 @@ def test_rfid_decides_when_asked(tmp_path, trained, monkeypatch):
         assert line["rfid"] > 0 and {"psnr", "perceptual"} < line.keys()
     with pytest.raises(ConfigError, match=r"heldout\.inception_weights=PATH"):
         config(tmp_path, trained, "heldout.metric=rfid")
+    with pytest.raises(ConfigError, match=r"set heldout\.metric=psnr"):
+        parse(["tiny", "loss.perceptual=none", "heldout.every=5"])
+    parse(["tiny", "loss.perceptual=none", "heldout.every=5", "heldout.metric=psnr"])
 
 
 def test_save10_keeps_ten_tensors_of_a_block(model, images):
