@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -38,6 +39,7 @@ _SDP = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_failed: set[str] = set()  # backends that `auto` took once, and that then could not compute here
 
 
 def readable(x: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def _automatic(q: Tensor, keys: int, gradient: bool) -> str:
         # PyTorch refuses cuDNN then, forward passes included.
         order = [backend for backend in order if backend != "cudnn"]
     for backend in order:
-        if why_not(backend, q) is None:
+        if backend not in _failed and why_not(backend, q) is None:
             return backend
     return "math"
 
@@ -181,11 +183,11 @@ def joint_attention(
         q: [B, Lq, H, d]; Lq = L, or fewer queries where only some tokens' outputs are read (the last block).
         k, v: [B, L, H, d]; one dtype, contiguous channels; views such as ``qkv.unbind(2)`` are taken as they are.
         scale: factor of the logits, positive; 8 / d in FlowMo.
-        backend: "auto" chooses by device, installed packages, dtype, shape and need of a gradient; or "fa3", "fa2",
-            "xformers", "cudnn", "flash", "efficient", "math", "sdpa" (PyTorch chooses) or "triton" (the kernels of
-            this package; not part of "auto").  "fp8" and "int8" round to 8 bits (`attention_quantized`): never part
-            of "auto", without a gradient, and on a CPU the reference arithmetic.  `attention_backend` tells which one
-            runs.
+        backend: "auto" chooses by device, installed packages, dtype, shape and need of a gradient, and where cuDNN
+            fails it goes on without, with a warning; or "fa3", "fa2", "xformers", "cudnn", "flash", "efficient",
+            "math", "sdpa" (PyTorch chooses) or "triton" (the kernels of this package; not part of "auto").  "fp8"
+            and "int8" round to 8 bits (`attention_quantized`): never part of "auto", without a gradient, and on a CPU
+            the reference arithmetic.  `attention_backend` tells which one runs.
         logit_bound: a number no |scale * q k| exceeds, if one is known: after query-key RMSNorm with gains g_q, g_k
             and scale 8 / d it is 8 * max|g_q| * max|g_k|.  "triton" drops the running maximum where it is small, and
             without a gradient may then split the last rows over the keys (`attention_waves`).
@@ -205,7 +207,18 @@ def joint_attention(
         raise ValueError(f"{shapes}; expected q [B, Lq, H, d], k and v [B, L, H, d] and one dtype")
     if not scale > 0:
         raise ValueError(f"scale = {scale}; expected a positive factor such as 8 / {q.shape[-1]}")
-    o = _run(attention_backend(q, k, v, backend=backend), q, k, v, scale, logit_bound)
+    name = attention_backend(q, k, v, backend=backend)
+    try:
+        o = _run(name, q, k, v, scale, logit_bound)
+    except RuntimeError as error:
+        # cuDNN compiles its kernels in the first call, and on some machines lacks what it needs for that.
+        refused = any(words in str(error) for words in ("cuDNN", "CUDNN", "No available kernel"))
+        if backend != "auto" or name != "cudnn" or not refused:
+            raise
+        _failed.add(name)
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"cuDNN attention fails here, another backend is taken from now on ({reason})", stacklevel=2)
+        return joint_attention(q, k, v, scale, logit_bound=logit_bound, contiguous=contiguous)
     return o.contiguous() if contiguous else o
 
 

@@ -246,6 +246,29 @@ def test_automatic_choice_by_generation_and_packages(
     assert module._automatic(q, keys, gradient) == "math"
 
 
+def test_automatic_choice_goes_on_without_cudnn_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines where cuDNN finds no compiler for its kernels; a card that is out of memory is another thing."""
+    run, message = module._run, "cuDNN Frontend error: no execution plans support the graph"
+
+    def failing(name: str, *rest: object) -> Tensor:
+        if name == "cudnn":
+            raise RuntimeError(message)
+        return run(name, *rest)
+
+    monkeypatch.setattr(module, "_run", failing)
+    monkeypatch.setattr(module, "_failed", set())
+    monkeypatch.setattr(module, "_automatic", lambda *_: "sdpa" if "cudnn" in module._failed else "cudnn")
+    q, k, v = (random(1, 4, 2, 8, dtype=torch.float32, device="cpu", seed=i) for i in range(3))
+    with pytest.warns(UserWarning, match="another backend is taken from now on .*no execution plans"):
+        assert torch.equal(joint_attention(q, k, v, 1.0), joint_attention_ref(q, k, v, 1.0))
+    joint_attention(q, k, v, 1.0)  # without another try
+    module._failed.clear()
+    message = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        joint_attention(q, k, v, 1.0)
+    assert not module._failed
+
+
 @pytest.mark.gpu
 def test_automatic_choice_on_a_card() -> None:
     half = make((1, 64, 2, 64), torch.bfloat16, "cuda")
