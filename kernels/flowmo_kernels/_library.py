@@ -7,11 +7,14 @@ plain `torch.autograd.Function` over its forward and backward op, which costs le
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._dispatch import KernelUnavailableError
 
 NAMESPACE = "flowmo_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -37,15 +40,27 @@ def on_device_of_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` with the device of its first tensor as the current one, which is where Triton launches.
 
     PyTorch's own operators switch devices by themselves, operators written in Python do not.
+
+    Raises:
+        KernelUnavailableError: Triton finds no C compiler, or no headers of Python.
     """
 
     @functools.wraps(run)
     def guarded(*args: Any) -> Any:
         index = next(t.device.index for t in _tensors(args))
-        if index == torch.cuda.current_device():
-            return run(*args)
-        with torch.cuda.device(index):
-            return run(*args)
+        try:
+            if index == torch.cuda.current_device():
+                return run(*args)
+            with torch.cuda.device(index):
+                return run(*args)
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            # Triton compiles its launchers with the C compiler of the machine, in the first call.
+            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+                raise
+            raise KernelUnavailableError(
+                f"Triton cannot build what launches its kernels ({error}): install a C compiler and Python's headers "
+                "(gcc, python3-dev), or take PyTorch's operators alone by FLOWMO_KERNELS=ref"
+            ) from error
 
     return guarded
 

@@ -233,6 +233,27 @@ def test_ops_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch)
     assert [run(first, 3), run(None, second, first), run([], [second], "triton"), current[0]] == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "python3-dev.*FLOWMO_KERNELS=ref"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "gcc.*python3-dev.*FLOWMO_KERNELS=ref"),
+        (RuntimeError("CUDA error: an illegal memory access"), "illegal memory access$"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_told_what_triton_needs(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_library, "Tensor", SimpleNamespace)
+    with pytest.raises(RuntimeError, match=told) as raised:
+        _library.on_device_of_inputs(fails)(SimpleNamespace(device=torch.device("cuda", 0)))
+    assert isinstance(raised.value, KernelUnavailableError) == ("python3-dev" in told)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
 def test_second_card() -> None:
