@@ -9,8 +9,17 @@ from __future__ import annotations
 from flowmo.config import Config
 from flowmo.engine import Schedule
 
-# Dense bf16 operations per second by the makers' data sheets, by a part of the device's name.
-PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Dense bf16 operations per second by the makers' data sheets, by a part of the device's name; the first that fits.
+PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 
 
 def transformer_flops(

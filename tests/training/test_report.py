@@ -114,7 +114,8 @@ def test_operations_are_those_that_pytorch_counts():
         assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
     lo = parse(["lo"])
     assert step_flops(lo, frozen_encoder=True) < step_flops(lo, frozen_encoder=False)
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("unknown") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("unknown") is None
 
 
 def test_wandb_is_told_everything_or_its_absence_is(tmp_path, monkeypatch):
