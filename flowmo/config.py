@@ -424,7 +424,9 @@ def check(config: Config) -> None:
         raise ConfigError("heldout.metric=rfid needs heldout.inception_weights=PATH; or take perceptual or psnr")
     distance = config.stage != "pretrain" or config.loss.perceptual != "none"
     if config.heldout.metric == "perceptual" and config.heldout.every and not distance:
-        raise ConfigError("heldout.metric=perceptual has no distance with loss.perceptual=none; set heldout.metric=psnr")
+        raise ConfigError(
+            "heldout.metric=perceptual has no distance with loss.perceptual=none; set heldout.metric=psnr"
+        )
 
 
 def _value(config: Config, key: str) -> Any:
