@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 import zipfile
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from flowmo.files import atomic_write
 
 BLOCK = 64  # pictures written at once
+_NUMBERED = re.compile(r"\d{6,7}_\d{4,5}\.png")  # never 20240131_120000.png, a camera's
 _WAY_OUT = "name another --out, or begin anew in this one with --overwrite"
 
 
@@ -50,15 +52,18 @@ class SampleFolder:
             overwrite: remove what an earlier run wrote, and begin anew.
 
         Raises:
-            ValueError: the folder holds pictures of other settings. OSError: as the system says.
+            ValueError: the folder holds pictures of other settings, or of nobody knows which. OSError: as the system
+                says.
         """
         if overwrite:
             self._clear()
         if self._about.exists():
             self._compare()
+        elif there := self._results():
+            raise ValueError(f"{there[0]} is there, and no settings.json says what of; {_WAY_OUT}")
         elif self._parts.exists():  # parts of nobody knows what: a run writes its settings first
             shutil.rmtree(self._parts)
-        for pattern in (".samples.npz.*", ".grid.png.*", ".settings.json.*", "pictures/.*.png"):
+        for pattern in (".samples.npz.*", ".grid.png.*", ".settings.json.*", "pictures/.[0-9]*_[0-9]*.png.*.png"):
             for half in self.folder.glob(pattern):  # of a run that was killed while it wrote
                 half.unlink()
         if self.finished:
@@ -151,12 +156,17 @@ class SampleFolder:
                 f"them, {_WAY_OUT}"
             )
 
+    def _results(self) -> list[Path]:
+        """What runs have written here for users, whatever their settings."""
+        there = [self.folder / name for name in ("samples.npz", "grid.png") if (self.folder / name).exists()]
+        return there + [p for p in sorted(self.folder.glob("pictures/*.png")) if _NUMBERED.fullmatch(p.name)]
+
     def _clear(self) -> None:
-        shutil.rmtree(self._parts, ignore_errors=True)
-        for name in ("settings.json", "samples.npz", "grid.png"):
-            (self.folder / name).unlink(missing_ok=True)
-        for picture in self.folder.glob("pictures/[0-9]*_[0-9]*.png"):
-            picture.unlink()
+        if self._parts.exists():
+            shutil.rmtree(self._parts)
+        for path in self._results():
+            path.unlink()
+        self._about.unlink(missing_ok=True)  # last: until then the folder says whose rest it holds
 
 
 def digest(model: nn.Module, config: object) -> str:

@@ -136,6 +136,36 @@ def test_other_settings_are_refused_by_name(tokenizer, generator, tmp_path, monk
         run_generate(tokenizer, generator, out, *fewer)
 
 
+def test_files_of_unknown_settings_are_neither_mixed_with_nor_lost(tmp_path, monkeypatch):
+    folder = SampleFolder(tmp_path, torch.zeros(2, dtype=torch.int64), 2, 8, {"seed": 0})
+    (tmp_path / "pictures").mkdir()
+    own = ["pictures/20240131_120000.png", "pictures/.hidden.png", "pictures/1_2.png"]
+    for name in (*own, "pictures/000001_0002.png", "samples.npz"):
+        (tmp_path / name).write_bytes(b"some")
+    before = files(tmp_path)
+    for left in ("samples.npz", "000001_0002.png"):
+        with pytest.raises(ValueError, match=rf"{left} is there, and no settings\.json .*--overwrite"):
+            folder.begin()
+        assert files(tmp_path) == before
+        before.pop("samples.npz", None)
+        (tmp_path / "samples.npz").unlink(missing_ok=True)
+    assert folder.begin(overwrite=True) == [0] and set(files(tmp_path)) == {*own, "settings.json"}
+
+    unlink = Path.unlink
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".png":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    (tmp_path / "pictures" / "000001_0002.png").write_bytes(b"some")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped while it removes
+        patch.setattr(Path, "unlink", stop)
+        folder.begin(overwrite=True)
+    with pytest.raises(ValueError, match=r"seed: 0 there and 1 here"):
+        SampleFolder(tmp_path, folder.labels, 2, 8, {"seed": 1}).begin()
+
+
 def test_a_batch_does_not_depend_on_those_before(tokenizer, generator):
     """The last one, which is smaller, is computed as the others are: prepared samplers are made by the batch."""
     network, model = generate.load_pair(generator, tokenizer, torch.device("cpu"), torch.float32)
