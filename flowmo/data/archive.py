@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, cast
 import numpy as np
 from PIL import Image
 
-from flowmo.data.folder import Pictures, readable_extensions, recognised
+from flowmo.data.folder import Pictures, readable_extensions, recognised, walk
 from flowmo.data.transforms import ImageReadError, PathLike, decode_image
 
 _BLOCK = 512  # bytes of a tar header
@@ -62,17 +62,34 @@ class Entry:
 def find_archives(source: PathLike) -> list[Path]:
     """The tar archives that a path names, sorted: itself, those in a folder that holds some, or those of a pattern.
 
-    Raises ArchiveError for a compressed archive, in which nothing can be read in place.
+    Raises:
+        ArchiveError: a compressed archive, in which nothing can be read in place; a folder with pictures beside its
+            archives; two archives of one file name, by which an index knows them.
     """
     path = Path(source)
     if path.name.lower().endswith(_COMPRESSED) and path.is_file():
         raise ArchiveError(f"{path}: a compressed archive cannot be read in place; unpack it to .tar, or to a folder")
     if path.is_dir():
-        return sorted(p for p in path.glob("*.tar") if p.is_file())
+        found = sorted(p for p in path.glob("*.tar") if p.is_file() and not _hidden(p.name))
+        loose = next((p for p in walk(path) if p.suffix.lower() in readable_extensions()), None) if found else None
+        if loose is not None:
+            raise ArchiveError(
+                f"{path} holds archives and pictures ({found[0].name}, {loose.relative_to(path)}); name the archives, "
+                f"{path}/*.tar, or move them out of the pictures' folder"
+            )
+        return found
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     text = os.fspath(source)
-    return sorted(Path(p) for p in glob.glob(text) if p.endswith(".tar")) if glob.has_magic(text) else []
+    found = sorted(Path(p) for p in glob.glob(text) if p.endswith(".tar")) if glob.has_magic(text) else []
+    by_name: dict[str, Path] = {}
+    for archive in found:
+        if by_name.setdefault(archive.name, archive) is not archive:
+            raise ArchiveError(
+                f"{text}: {by_name[archive.name]} and {archive} have one file name, by which an index knows archives; "
+                "rename one"
+            )
+    return found
 
 
 def scan(path: Path) -> list[Entry]:
@@ -113,7 +130,12 @@ def _scan(file: BinaryIO, path: Path, inside: str, end: int) -> Iterator[Entry]:
                 inner.append(place)
             elif ending == ".cls":
                 file.seek(member.offset_data)
-                labels[stem] = int(file.read(member.size))
+                said = file.read(member.size)
+                try:
+                    labels[stem] = int(said)
+                except ValueError as error:
+                    text = f"{where}: {member.name} holds {said[:20]!r}; expected the number of a class"
+                    raise ArchiveError(text) from error
             elif ending.lower() in readable_extensions() or recognised(cast(BinaryIO, archive.extractfile(member))):
                 pictures.append(place)
         file.seek(archive.offset)

@@ -73,11 +73,12 @@ def find_images(root: PathLike) -> list[Path]:
         raise FileNotFoundError(f"no such file or folder: {root}")
     if root.is_file():
         return [root]
-    found = (path for path in _walk(root, ()) if path.suffix.lower() in readable_extensions() or recognised(path))
+    found = (path for path in walk(root) if path.suffix.lower() in readable_extensions() or recognised(path))
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files below a folder, hidden ones left out; linked folders are not followed back into those `above`."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -86,7 +87,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _walk(Path(entry.path), (*above, real))
+                yield from walk(Path(entry.path), (*above, real))
             elif entry.is_file():
                 yield Path(entry.path)
 

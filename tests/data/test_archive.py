@@ -180,3 +180,20 @@ def test_what_is_no_archive_is_said(tmp_path):
     assert find_archives(tmp_path / "pictures") == [] and load_image(tmp_path / "pictures" / "a.png").size == (32, 24)
     with pytest.raises(ValueError, match=r"data\.index=i\.json is of tar archives"):
         build_data(tmp_path / "pictures", 16, 1, index="i.json")
+
+
+def test_archives_that_could_be_taken_for_others_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(tar({f"{name}.png": picture(ord(name))}))
+    (tmp_path / "a" / "._0.tar").write_bytes(b"of macOS")
+    assert find_archives(tmp_path / "a") == find_archives(tmp_path / "a" / "*.tar") == [tmp_path / "a" / "0.tar"]
+    with pytest.raises(ArchiveError, match=r"a/0\.tar and .*b/0\.tar have one file name.*rename one"):
+        find_archives(tmp_path / "*" / "0.tar")
+    (tmp_path / "a" / "more").mkdir()
+    (tmp_path / "a" / "more" / "c.png").write_bytes(picture(3))
+    with pytest.raises(ArchiveError, match=r"holds archives and pictures \(0\.tar, more/c\.png\); .*a/\*\.tar, or"):
+        find_archives(tmp_path / "a")
+    (tmp_path / "w.tar").write_bytes(tar({"x.png": picture(1), "x.cls": b"dog"}))
+    with pytest.raises(ArchiveError, match=r"w\.tar: x\.cls holds b'dog'; expected the number"):
+        scan(tmp_path / "w.tar")
