@@ -40,10 +40,11 @@ def one_voice(text: str) -> Iterator[str | None]:
         yield ""
         return
     own = f" in process {rank} of {world}"
+    text = ascii(text)  # names of files may hold what the store cannot
     try:
         board = _Board(rank, world)
         board.put("has", rank, text)
-        whose = board.first(text, own) if rank == 0 else board.other(text, own)
+        whose = board.first(text, own) if rank == 0 else board.other(text, rank, own)
     except RuntimeError:  # PyTorch's own errors of a store that is out of reach are such
         yield own
         return
@@ -88,8 +89,7 @@ class _Board:
         _wait(lambda: self.there("has", others), OTHERS)
         return "" if len(self.same(text, others)) == len(others) else own
 
-    def other(self, text: str, own: str) -> str | None:
-        rank = int(os.environ["RANK"])
+    def other(self, text: str, rank: int, own: str) -> str | None:
         _wait(lambda: self.there("spoken", [0]), FIRST)
         return None if self.same(text, range(rank)) else own  # of those that process 0 is not among, the first speaks
 

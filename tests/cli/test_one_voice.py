@@ -21,7 +21,7 @@ def only(which, words="of its own"):
     return main
 
 def each(arguments):
-    raise ValueError(f"card {rank} is gone")
+    raise ValueError(f"card {rank} is gone: \\udcff")  # as of a file whose name is not UTF-8
 
 def stopped(arguments):
     raise KeyboardInterrupt
@@ -69,4 +69,4 @@ def test_an_error_of_all_is_said_once_and_that_of_one_by_its_process(tmp_path):
     for rank, name in enumerate(("first", "second")):
         assert parts[rank][name] == (f"error in process {rank} of 2: of its own{shows}", "1")
         assert parts[1 - rank][name] == ("", "0")
-        assert parts[rank]["each"] == (f"error in process {rank} of 2: card {rank} is gone{shows}", "1")
+        assert parts[rank]["each"] == (f"error in process {rank} of 2: card {rank} is gone: \\udcff{shows}", "1")
