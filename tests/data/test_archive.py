@@ -152,6 +152,7 @@ def test_wrong_indices_are_found_at_the_start(imagenet, tmp_path, capsys):
         (shifted, r"no member at byte|holds .* where"),
         (swapped, "holds .* where"),
         (within, "no member at byte"),
+        ([{**r, "size": r["size"] - 1} for r in good], "holds .* where"),
         ([], "the index is empty"),
         ([{"file": "x"}], "KeyError"),
         ({"a": 1}, "no index"),
@@ -164,6 +165,37 @@ def test_wrong_indices_are_found_at_the_start(imagenet, tmp_path, capsys):
         ArchiveImages(imagenet, 16, index=path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         ArchiveImages(imagenet, 16, index=tmp_path / "nowhere.json")
+
+
+def test_pictures_of_a_flat_archive(tmp_path, capsys):
+    """No folders: ImageNet's names tell the class. Names beyond a tar header's 100 characters are cut there."""
+    path, long = tmp_path / "flat.tar", f"n02102040_{'1' * 120}.png"
+    members = {long: picture(10), "n01440764_2.png": picture(20), "._n01440764_2.png": picture(30), "x.png": picture(0)}
+    path.write_bytes(tar(members))
+    write_index(path, "--out", tmp_path / "index.json", capsys=capsys)
+    for index in (None, tmp_path / "index.json"):
+        data = ArchiveImages(path, 16, crop="center", index=index)
+        assert data.classes == list(SYNSETS) and list(data.labels) == [0, 1, -1]
+        assert which(torch.stack([data[i].image for i in range(3)])) == [2, 1, 0]
+
+
+def test_shards_are_one_list_by_file_name(tmp_path, capsys):
+    for s in range(2):  # pictures dealt out in turn; the second shard is the smaller one
+        members = {f"{'zy'[s]}/{i}.png": picture(10 * i) for i in range(s, 6 - s, 2)}
+        members |= {f"{'zy'[s]}/{i}.cls": b"3" for i in range(s, 6 - s, 2)}
+        (tmp_path / f"{s}.tar").write_bytes(tar(members))
+    data = ArchiveImages(tmp_path, 16, crop="center")
+    assert which(torch.stack([data[i].image for i in range(5)])) == list(range(5))
+    assert list(data.labels) == [3] * 5 and data.classes == []  # numbers are said: folders name no class
+    write_index(tmp_path, "--out", tmp_path / "index.json", capsys=capsys)
+    last = max(scan(tmp_path / "1.tar"), key=lambda e: e.offset)
+    shard = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(shard[: last.offset + last.size - 1])
+    with pytest.raises(ArchiveError, match=r"1\.tar has .* cut short"):
+        ArchiveImages(tmp_path, 16, index=tmp_path / "index.json")
+    (tmp_path / "1.tar").write_bytes(shard[: last.offset - 512])  # between two members, nothing follows
+    with pytest.raises(ArchiveError, match=r"1\.tar: its end is missing"):
+        ArchiveImages(tmp_path, 16)
 
 
 def test_what_is_no_archive_is_said(tmp_path):

@@ -119,6 +119,19 @@ def test_damage_behind_a_good_header_is_replaced_by_the_next_picture(tmp_path: P
     assert [Path(s.path).name for s in data.skipped] == ["2.png"]
 
 
+def test_the_next_picture_comes_with_its_own_label_and_another_crop(tmp_path: Path) -> None:
+    for i, kind in enumerate(("cat", "dog", "eel")):
+        (tmp_path / kind).mkdir()
+        picture(i, 4000, 16).save(tmp_path / kind / "x.png")  # 3985 positions: no chance coincidences
+    data = ImageFolder(tmp_path, 16)
+    cut_short(tmp_path / "cat" / "x.png")
+    (tmp_path / "dog" / "x.png").unlink()  # gone since the headers were read
+    with pytest.warns(UserWarning, match="skipped 2 files"):
+        replaced = data[0]
+    assert replaced.label == 2 and not torch.equal(replaced.image, data[2].image)
+    assert [Path(s.path).parent.name for s in data.skipped] == ["cat", "dog"]
+
+
 def test_headers_need_not_be_checked(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")

@@ -124,6 +124,30 @@ def test_state_continues_exactly_and_seeds_differ() -> None:
         CropSampler(pictures(), 32, 8, seed=4).load_state_dict(state)
 
 
+def test_processes_take_the_batches_in_turn() -> None:
+    alone = CropSampler(pictures(), 32, 8, seed=3)
+    parts = [CropSampler(pictures(), 32, 8, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    for _ in range(2):
+        assert all(torch.equal(next(part), next(alone)) for part in parts)
+    assert parts[0].position == alone.position == 4
+
+
+def test_another_batch_size_goes_on_behind_the_pictures_delivered() -> None:
+    state = CropSampler(pictures(), 32, 8, seed=3).state_dict()
+    for batch, position in ((8, 3), (4, 6), (5, 5), (16, 2)):  # 24 pictures; a batch begun counts as delivered
+        sampler = CropSampler(pictures(), 32, batch, seed=3)
+        sampler.load_state_dict({**state, "position": 3})
+        assert sampler.position == position
+
+
+def test_every_scale_and_every_position_is_drawn() -> None:
+    """Two scales of one position more than the crop, in which rows and columns count up."""
+    pixels = np.add.outer(100 * np.arange(2), np.arange(2)).astype(np.uint8)[..., None]
+    sampler = CropSampler([Image.fromarray(pixels.repeat(3, 2))], 1, 400, scales=(1, 2))
+    levels = ((next(sampler)[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+    assert set(levels) == {0, 1, 100, 101, 51}  # the four pixels of scale 2, and at scale 1 their mean
+
+
 def test_global_random_state_is_untouched() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     next(CropSampler(pictures(), 32, 8))

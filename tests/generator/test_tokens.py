@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -92,6 +93,28 @@ def test_layout_of_a_tokenizer():
         layout_of(FlowMo(model_config("tiny", quantizer="none", latent_channels=16)))
 
 
+FSQ_SIZES = {"quantizer": "fsq", "fsq_levels": [8, 5, 5, 5], "latent_channels": 8}
+
+
+@pytest.mark.parametrize(
+    ("code", "sizes"),
+    [
+        ("9", {}),
+        ("fsq [8, 5, 5, 5]", FSQ_SIZES),
+        ("kl", {"quantizer": "kl", "latent_channels": 16}),
+        ("none", {"quantizer": "none", "latent_channels": 16}),
+    ],
+)
+def test_a_fingerprint_is_of_the_bytes_that_docs_format_names(code, sizes):
+    """Files made before carry it: one that is taken of other bytes makes all of them foreign."""
+    model = FlowMo(model_config("tiny", encoder_depth=1, decoder_depth=1, **sizes))
+    c = model.config
+    said = f"{c.image_size} {c.latent_tokens} {c.latent_channels} {code}".encode()
+    for name, weight in sorted(model.encoder.state_dict().items()):
+        said += f"{name} {list(weight.shape)}".encode() + weight.numpy().astype("<f4").tobytes()
+    assert fingerprint(model) == hashlib.sha256(said).hexdigest()
+
+
 def header(pictures: int = 5, views: int = 2, **layout) -> TokenHeader:
     # 7 tokens of 9 bits: 63 bits, so that the last byte is not full
     fields = {"tokens": 7, "bits": 9, "channels": 9, "tokenizer": "a" * 64, **layout}
@@ -173,6 +196,10 @@ def test_damaged_caches(tmp_path):
     (tmp_path / "a" / "tokens.npy").write_bytes(b"\x93NUM")
     with pytest.raises(TokenCacheError, match="damaged"):
         TokenCache.open(tmp_path / "a")
+    full_cache(tmp_path / "b")
+    np.save(tmp_path / "b" / "state.npy", np.ones(4, np.uint8))  # the last picture's is gone
+    with pytest.raises(TokenCacheError, match="tokenize again"):
+        TokenCache.open(tmp_path / "b")
     (tmp_path / "a" / "header.json").write_text('{"layout": {"tokens": 3}}')
     with pytest.raises(TokenCacheError, match=r"header\.json"):
         TokenCache.open(tmp_path / "a")
@@ -182,6 +209,33 @@ def test_pictures_without_a_class(tmp_path):
     cache = full_cache(tmp_path, labels=(0, -1, 1, 0, -1))
     with pytest.raises(ValueError, match="2 pictures have no class"):
         TokenBatches(cache, 2)
+
+
+def test_a_cache_of_other_files_is_not_gone_on_with(tmp_path):
+    """Its pictures are numbered by the list of files: those of another list would get the labels of this one."""
+    TokenCache.create(tmp_path, header(), [0, 1, 1, 0, 1])
+    other = header()
+    other.data = "e"
+    with pytest.raises(TokenCacheError, match='data: "d" there and "e" here'):
+        TokenCache.create(tmp_path, other, [0, 1, 1, 0, 1])
+
+
+def test_unreadable_pictures_are_never_drawn(tmp_path):
+    """Their place in the files holds zeros, which are a valid code."""
+    cache = TokenCache.create(tmp_path, header(), [0, 1, 1, 0, -1])  # nor does it matter that one has no class
+    cache.write([0, 1, 3], torch.full((3, 2, 7), 5))
+    cache.mark_unreadable([2, 4])
+    batches = TokenBatches(TokenCache.open(tmp_path), 3)
+    assert all((next(batches)[0] == 5).all() for _ in range(4))
+    state = batches.state_dict()
+    full = TokenBatches(full_cache(tmp_path / "full"), 3)
+    with pytest.raises(ValueError, match="pictures=3, this run has 5"):
+        full.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"tokens=.*bbbb.*this run has .*aaaa"):
+        full.load_state_dict({**full.state_dict(), "tokens": ["b" * 64, 7, 9, "parity"]})
+    cache.mark_unreadable(range(5))
+    with pytest.raises(TokenCacheError, match="none of its pictures could be read"):
+        TokenCache.open(tmp_path)
 
 
 def test_an_epoch_visits_every_picture_once(tmp_path):
@@ -238,6 +292,9 @@ def test_views_of_a_picture():
     for view, expected in zip(ten, corners):
         assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)
     assert torch.equal(ten[5:], ten[:5].flip(-1))
+    at_50 = picture_views(img, 50, "ten-crop")[4].permute(1, 2, 0).numpy()  # (55 - 50) / 2 = 2.5 goes to the even side
+    square = np.asarray(img.resize((82, 55), Image.Resampling.BILINEAR).crop((14, 0, 69, 55)))
+    assert np.array_equal(at_50, square[2:52, 2:52])
     assert {crop: len(picture_views(img, 32, crop)) for crop in CROPS} == CROPS
     with pytest.raises(ValueError, match="ten-crop"):
         picture_views(img, 32, "five-crop")
