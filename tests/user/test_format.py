@@ -45,6 +45,13 @@ def test_round_trip(tmp_path, layout, payload, width, height, tiles):
     assert torch.equal(back.codes(layout).float(), codes)
 
 
+def test_round_trip_of_many_tiles():
+    """More than are packed at a time."""
+    grid = TileGrid(40, 52, 4, 0)
+    codes = codes_for(grid, SMALL)
+    assert len(codes) == 130 and torch.equal(TokenFile.pack(grid, codes, SMALL).codes(SMALL).float(), codes)
+
+
 def test_bytes_are_those_of_the_description():
     file = small_file()
     codes = codes_for(file.grid, SMALL)
@@ -81,6 +88,7 @@ def sealed(head: bytes, payload: bytes) -> bytes:
         ({"magic": b"\x89PNG\r\n\x1a\n"}, "no FlowMo token file"),
         ({"version": 2}, "format version 2"),
         ({"kind": 2}, "damaged or hostile"),
+        ({"kind": 2, "bits": 16}, "damaged or hostile"),
         ({"kind": 1}, "damaged or hostile"),  # numbers of 9 bits
         ({"width": 0}, "damaged or hostile"),
         ({"width": 2**32 - 1, "height": 2**32 - 1}, "damaged or hostile"),
@@ -223,6 +231,15 @@ def test_fuzzed_files_take_bounded_memory():
         tracemalloc.stop()
 
 
+def test_a_file_has_the_rights_that_the_user_gives_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = small_file().write(tmp_path / "photo.flowmo")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_not_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         TokenFile.read(tmp_path / "nowhere.flowmo")
@@ -239,6 +256,9 @@ def test_not_a_file(tmp_path):
 def test_pictures_beyond_the_format_are_refused():
     with pytest.raises(ValueError, match="scale it down"):
         grid = TileGrid(2, 70_000, 70_000, 0)
+        TokenFile.pack(grid, codes_for(grid, SMALL), SMALL)
+    with pytest.raises(ValueError, match="scale it down"):  # too many pixels within sides that are allowed
+        grid = TileGrid(65_535, 65_535, 65_535, 0)
         TokenFile.pack(grid, codes_for(grid, SMALL), SMALL)
     with pytest.raises(ValueError, match="expected those of 2 tiles"):
         TokenFile.pack(TileGrid(4, 6, 4, 1), codes_for(TileGrid(4, 4, 4, 1), SMALL), SMALL)
@@ -262,6 +282,9 @@ def test_files_of_another_model_are_refused(tiny):
     with pytest.raises(TokenFileError, match="made by tokenizer 000000000000"):
         foreign.check(tiny, layout, "photo.flowmo")
     foreign.check(tiny, layout, any_tokenizer=True)
+    alike = TokenFile(**{**vars(file), "tokenizer": layout.tokenizer[:-1] + "01"[layout.tokenizer[-1] == "0"]})
+    with pytest.raises(TokenFileError, match="made by tokenizer"):
+        alike.check(tiny, layout)
 
 
 def test_files_of_another_kind_of_code_are_refused(tiny):

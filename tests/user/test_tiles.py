@@ -16,12 +16,31 @@ from flowmo import FlowMo, model_config
 from flowmo.data import heldout_photographs, to_tensor
 from flowmo.pretrained import shipped_weights
 from flowmo.sampling import guided_steps, time_grid
-from flowmo.tiles import TileDecoder, TileGrid, encode_tiles, grid_for, reconstruct_blended, reconstruct_tiled
+from flowmo.tiles import (
+    TileDecoder,
+    TileGrid,
+    encode_tiles,
+    grid_for,
+    merge_tiles,
+    reconstruct_blended,
+    reconstruct_tiled,
+    split_tiles,
+)
 from tests.model import golden
 
 
 def photograph(name: str, width: int, height: int) -> Tensor:
     return to_tensor(heldout_photographs()[name].resize((width, height)))
+
+
+def test_tiles_side_by_side_are_those_of_the_picture_row_by_row():
+    images = torch.arange(2 * 3 * 8 * 12.0).reshape(2, 3, 8, 12)
+    tiles = split_tiles(images, 4)
+    expected = [x[:, y : y + 4, z : z + 4] for x in images for y in (0, 4) for z in (0, 4, 8)]
+    assert torch.equal(tiles, torch.stack(expected)) and torch.equal(merge_tiles(tiles, 8, 12), images)
+    for sides in ((8, 10), (10, 8)):
+        with pytest.raises(ValueError, match="multiples of the tile size 4"):
+            split_tiles(torch.zeros(1, 3, *sides), 4)
 
 
 @pytest.mark.parametrize("size", [8, 32, 256])
@@ -45,6 +64,7 @@ def test_known_grids():
     assert TileGrid(512, 640, 256, 64).rows == [0, 126, 256]
     assert TileGrid(427, 256, 256, 64).rows == [0, 171]
     assert TileGrid(200, 200, 256, 64).padded == (256, 256)
+    assert TileGrid(100, 7, 32, 1).rows == [0, 22, 45, 68]  # 22.67 and 45.33 round down
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(32, 8), (20, 8), (75, 8), (128, 16), (128, 0), (131, 1)])
@@ -112,6 +132,13 @@ def test_joint_decoding_is_the_blended_sampler(tiny):
     assert float((picture - expected).abs().max()) < 80 * torch.finfo(torch.float32).eps
 
 
+def test_the_overlap_asked_for_is_the_one_taken(tiny):
+    image = photograph("coffee", 60, 32)
+    pictures = [reconstruct_blended(tiny, [image], overlap=overlap, steps=1)[0] for overlap in (None, 8, 0)]
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+    assert len(grid_for(tiny, 32, 60, 0).columns) == 2 < len(grid_for(tiny, 32, 60).columns)
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "dpm"])
 def test_one_tile_is_the_decoder(tiny, solver):
     image = photograph("china", 32, 32)
@@ -174,6 +201,8 @@ def test_what_does_not_fit_is_refused(tiny):
     codes = encode_tiles(tiny, torch.zeros(3, 40, 40), grid)
     with pytest.raises(ValueError, match="another grid"):
         TileDecoder(tiny)([(grid, codes[1:])])
+    with pytest.raises(ValueError, match="tiles of 16; they belong"):
+        TileDecoder(tiny)([(TileGrid(16, 16, 16, 4), codes[:1])])
     with pytest.raises(ValueError, match="noise: expected shapes"):
         TileDecoder(tiny)([(grid, codes)], [torch.zeros(3, 32, 40)])
     with pytest.raises(ValueError, match="expected shape"):
