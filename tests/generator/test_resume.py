@@ -13,7 +13,7 @@ import torch
 
 from flowmo import generate
 from flowmo.generator import Generator
-from flowmo.generator.samples import SampleFolder
+from flowmo.generator.samples import SampleFolder, digest
 from tests.generator.conftest import run_generate, stop_after
 from tests.processes import run
 
@@ -164,6 +164,41 @@ def test_files_of_unknown_settings_are_neither_mixed_with_nor_lost(tmp_path, mon
         folder.begin(overwrite=True)
     with pytest.raises(ValueError, match=r"seed: 0 there and 1 here"):
         SampleFolder(tmp_path, folder.labels, 2, 8, {"seed": 1}).begin()
+
+
+def test_the_archive_of_large_batches_holds_every_picture(tmp_path):
+    """Batches of more pictures than are written at once."""
+    labels = torch.arange(220) % 7
+    folder = SampleFolder(tmp_path, labels, 150, 2, {"seed": 0})
+    pictures = np.random.default_rng(0).integers(0, 256, (220, 2, 2, 3), dtype=np.uint8)
+    assert folder.begin() == [0, 1]
+    for number, part in enumerate(np.split(pictures, [150])):
+        folder.keep(number, part)
+    folder.write_archive()
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"], pictures) and np.array_equal(archive["arr_1"], labels)
+    assert np.array_equal(folder.pictures([3, 149, 150, 219]), pictures[[3, 149, 150, 219]])
+    folder.finish()
+    assert not folder.finished and folder.begin() == [0, 1]  # no grid: it is made of the parts, which are gone
+
+
+def test_parts_of_nobody_knows_what_are_not_gone_on_with(tmp_path):
+    labels = torch.zeros(4, dtype=torch.int64)
+    folder = SampleFolder(tmp_path, labels, 2, 2, {"seed": 0, "guidance": 1.5})
+    assert folder.begin() == [0, 1]
+    folder.keep(0, np.zeros((2, 2, 2, 3), np.uint8))
+    np.save(tmp_path / ".parts" / "000001.npy", np.zeros((2, 2, 2, 3), np.int8))
+    with pytest.warns(UserWarning, match="000001"):
+        assert folder.begin() == [1]
+    with pytest.raises(ValueError, match=r"\(guidance: 1\.5 there and None here\)"):  # a setting that is no more
+        SampleFolder(tmp_path, labels, 2, 2, {"seed": 0}).begin()
+    (tmp_path / "settings.json").unlink()
+    assert folder.begin() == [0, 1]
+
+
+def test_models_that_differ_in_sizes_alone_are_told_apart():
+    model = torch.nn.Linear(2, 2)
+    assert len({digest(model, c) for c in ("2 heads", "4 heads")} | {digest(torch.nn.Linear(2, 2), "2 heads")}) == 3
 
 
 def test_a_batch_does_not_depend_on_those_before(tokenizer, generator):

@@ -77,6 +77,14 @@ def test_identical_sets_are_at_distance_zero(n: int) -> None:
     assert frechet_distance(moments(rows), moments(rows + 0.1)) == pytest.approx(200 * 0.01, rel=1e-4)
 
 
+def test_the_distance_scales_with_the_features() -> None:
+    """Which directions have no spread is told relative to the widest one."""
+    first, second = normal(50, 6), normal(40, 6, seed=3) * 1.5 + 0.2
+    for scale in (1e-9, 1e9):
+        there = frechet_distance(moments(scale * first), moments(scale * second)) / scale**2
+        assert there == pytest.approx(frechet_distance(moments(first), moments(second)), rel=1e-9)
+
+
 def test_agrees_with_torchmetrics() -> None:
     fid = pytest.importorskip("torchmetrics.image.fid")
     first, second = moments(normal(60, 8)), moments(normal(50, 8, seed=1) * 1.5)
@@ -103,6 +111,12 @@ def test_inception_score_by_its_definition() -> None:
     assert inception_score(torch.zeros(5, 5)) == pytest.approx(1)
 
 
+def test_inception_score_splits_as_the_adm_evaluator_does() -> None:
+    logits = normal(6000, 4) * 3
+    whole, rest = inception_score(logits[:5000], 10_000), inception_score(logits[5000:], 10_000)
+    assert inception_score(logits) == pytest.approx((whole + rest) / 2, rel=1e-12)
+
+
 def test_inception_score_depends_on_the_order() -> None:
     by_class = 50 * torch.eye(4).repeat_interleave(6, 0)
     mixed = by_class[torch.arange(24).view(4, 6).T.flatten()]
@@ -127,6 +141,11 @@ def test_precision_and_recall_equal_brute_force(k: int, block: int) -> None:
     expected = brute_force(reference, samples, k)
     assert 0 < expected[0] < 1 and 0 < expected[1] < 1 and expected[0] != expected[1]
     assert precision_recall(reference, samples, k, block) == pytest.approx(expected, rel=1e-12)
+
+
+def test_borders_of_balls_belong_to_them() -> None:
+    line = torch.arange(8.0)[:, None]  # every neighbour at distance 1; only 3 and 4 are of different sets
+    assert precision_recall(line[:4], line[4:], k=1) == (0.25, 0.25)
 
 
 def test_precision_and_recall_of_extremes() -> None:

@@ -49,5 +49,6 @@ def test_baseline_is_each_pictures_mean_colour() -> None:
 
 def test_bits_per_pixel() -> None:
     assert bits_per_pixel(256, 18, 256, 256) == pytest.approx(0.0703125)
+    assert bits_per_pixel(2, 9, 4, 9) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="bits=0"):
         bits_per_pixel(256, 0, 256, 256)

@@ -46,10 +46,19 @@ def test_ssim_and_psnr_agree_with_torchmetrics() -> None:
     assert psnr(a, b).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
+def test_ssim_of_a_negative_is_negative() -> None:
+    x = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert float(ssim(x, 255 - x)) < -0.5
+
+
 def test_ssim_refuses_small_pictures_and_other_words() -> None:
     x = torch.zeros(1, 3, 10, 20, dtype=torch.uint8)
     with pytest.raises(ValueError, match="sides of at least 11 pixels"):
         ssim(x, x, "gaussian")
+    with pytest.raises(ValueError, match="sides of at least 11 pixels"):
+        ssim(x.mT, x.mT, "gaussian")
+    x = torch.zeros(1, 3, 11, 11, dtype=torch.uint8)
+    assert ssim(x, x, "gaussian") == 1  # a single window
     with pytest.raises(ValueError, match="uniform, gaussian, got 'box'"):
         ssim(x, x, "box")
 
@@ -97,6 +106,7 @@ def test_code_counts_merge_like_one() -> None:
     first.merge(CodeCounts(16))
     first.merge(second)
     assert torch.equal(first.counts, whole.counts) and first.usage() == whole.usage()
+    assert whole.usage().tokens == 100
 
 
 def test_tokens_of_another_tokenizer_are_refused() -> None:
@@ -104,6 +114,7 @@ def test_tokens_of_another_tokenizer_are_refused() -> None:
     counts.add(torch.tensor([[0, 3]]))
     for tokens, words in (
         (torch.tensor([[0, 4]]), r"\[0, 4\), got 0 to 4"),
+        (torch.tensor([[0, -1]]), r"\[0, 4\), got -1 to 0"),
         (torch.tensor([[0, 1, 2]]), "expected 2 a picture"),
         (torch.tensor([[0.0, 1.0]]), "integers"),
     ):
