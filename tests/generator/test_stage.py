@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo.config import ConfigError, parse
 from flowmo.data.tokens import TokenCache, TokenCacheError, TokenHeader, TokenLayout
-from flowmo.generator import Generator, NetworkConfig, generator_loss
+from flowmo.generator import Generator, NetworkConfig, generator_loss, stage
 from flowmo.generator.loss import random_masks
 from flowmo.generator.optim import AdamWEMA, decays, ema_decay, learning_rate
-from flowmo.generator.stage import build_generator, check_tokens, forward_flops
+from flowmo.generator.stage import MaskedTokens, build_generator, check_tokens, forward_flops
 from flowmo.generator_config import GeneratorOptimConfig, MaskLossConfig
 
 NETWORK = NetworkConfig(tokens=16, bits=4, classes=16, hidden=64, depth=2, heads=2)
@@ -213,6 +213,38 @@ def test_a_generator_for_a_cache_and_one_for_another(tmp_path):
     model.layout, model.class_names = layout, ["y", "x"]
     with pytest.raises(TokenCacheError, match="class names"):
         check_tokens(model, cache)
+
+
+class Known(Table):
+    """A guess at every place that is always the same, whatever is masked."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.logits.data = 3 * torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+        self.device, self.calls = torch.device("cpu"), []
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        self.calls.append((ids, labels))
+        return self.logits.expand(len(ids), -1, -1)
+
+
+@torch.no_grad()
+def test_held_out_tokens_are_measured_where_they_are_masked(tmp_path, monkeypatch):
+    """The mean over all masked places of the first pictures, in batches of another size each, with their classes."""
+    monkeypatch.setattr(stage, "HELDOUT_BATCH", 2)
+    header = TokenHeader(TokenLayout(16, 4, 4), 5, 1, "center", 32, "float32", [])
+    cache = TokenCache.create(tmp_path, header, [3, 1, 4, 1, 5])
+    cache.write(range(5), rows(5)[0][:, None])
+    model, measure = Known(), MaskedTokens(cache, 3, seed=1)
+    found = measure(model)
+    assert [labels.tolist() for _, labels in model.calls] == [[3, 1], [4]]
+    masked = torch.cat([ids for ids, _ in model.calls]) == NETWORK.mask_id
+    tokens, logits = rows(5)[0][:3], model.logits.detach().expand(3, -1, -1)
+    entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(3, 16)
+    assert len(set(masked.sum(1).tolist())) > 1
+    assert found["masked"] == pytest.approx(float(entropy[masked].mean()), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == tokens)[masked].float().mean()), rel=1e-5)
+    assert measure(model) == found != MaskedTokens(cache, 3, seed=2)(model)
 
 
 def test_the_recommended_recipe():

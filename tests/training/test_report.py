@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import FlowMo
-from flowmo.config import ConfigError, parse
+from flowmo.config import ConfigError, parse, to_yaml
 from flowmo.training import report
 from flowmo.training.autoencoder import code_statistics
 from flowmo.training.flops import peak_flops, step_flops, transformer_flops
@@ -72,12 +72,46 @@ def test_page_shows_curves_grids_and_settings(run, tmp_path, capsys):
         report.report(tmp_path)
 
 
+def test_page_of_known_numbers(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(config(tmp_path, "trainer.steps=8")))  # a line every 2 steps of 4
+    lines = [{"step": s, "loss": 1.0, "seconds_per_step": 3600.0, "skipped_steps": s - 2} for s in (2, 4, 6)]
+    cut = '{"step": 8, "lo'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
+    measured = [{"step": s, "psnr": float(s), "best": s < 6} for s in (2, 4, 6)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    page = report.report(tmp_path)
+    for name, value in (("steps", "6 of 8"), ("images seen", "24"), ("time, about", "6.00 h"), ("steps skipped", "4")):
+        assert f"<td>{name}</td><td>{value}</td>" in page
+    assert "<td>best held out</td><td>step 4: psnr 4</td>" in page
+
+
+def test_operations_of_a_step_are_those_of_its_passes(tmp_path):
+    """Forward passes count once, those that learn three times; of a batch of 4."""
+    c = config(tmp_path)
+    m = c.model
+    sizes = m.grid**2, m.latent_tokens, 3 * m.patch**2
+    encoder = transformer_flops(m.encoder_hidden, m.encoder_depth, *sizes, m.latent_channels, False)
+    decoder = transformer_flops(m.decoder_hidden, m.decoder_depth, *sizes, m.latent_channels + 1, True)
+    assert step_flops(c, False) == pytest.approx(4 * 3 * (encoder + decoder), rel=1e-12)
+    assert step_flops(c, True) == pytest.approx(4 * (encoder + 3 * decoder), rel=1e-12)
+    c.stage, c.distill.steps = "distill", (1, 2, 4)
+    c.sampler.steps, c.sampler.guidance, c.sampler.guidance_interval = 5, 2.0, None
+    # the chains share their first of 1 + 2 + 4 passes; the teacher takes 5 steps of two
+    assert step_flops(c, False) == pytest.approx(4 * (encoder + (3 * 5 + 10) * decoder), rel=1e-12)
+    c.stage, c.posttrain.steps, c.posttrain.resnet = "posttrain", 8, "random"
+    assert step_flops(c, False) == pytest.approx(4 * (encoder + 3 * 9 * decoder), rel=1e-12)
+    c.posttrain.resnet = "none"  # then there is no chain
+    assert step_flops(c, False) == pytest.approx(4 * (encoder + 3 * decoder), rel=1e-12)
+
+
 def test_curve_spans_its_box():
     svg = ElementTree.fromstring(report.curve("x", [(i, float(i % 7)) for i in range(5000)]))
     points = [tuple(map(float, p.split(","))) for p in svg.find("polyline").get("points").split()]
-    assert len(points) <= 450
+    assert len(points) <= 450 and svg.findall("text")[-1].text == "step 4999"
     assert min(p[0] for p in points) == 62 and max(p[0] for p in points) == 412
     assert min(p[1] for p in points) == 20 and max(p[1] for p in points) == 128
+    assert "points='62.0,128.0 412.0,20.0'" in report.curve("x", [(0, 1.0), (1, 2.0)])  # larger is higher
+    assert "points='62.0,20.0'" in report.curve("x", [(7, 1.0)])  # a run that has logged once
 
 
 @pytest.mark.parametrize(

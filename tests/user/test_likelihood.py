@@ -107,6 +107,10 @@ def test_likelihood_of_the_model_is_that_of_its_decoder(tiny):
     )
     expected = -float(plain.log_density) / (3072 * math.log(2)) + math.log2(127.5)
     assert float(found.bits_per_dim) == pytest.approx(expected, rel=1e-6)
+    assert float(found.standard_error) == pytest.approx(float(plain.standard_error) / (3072 * math.log(2)), rel=1e-6)
+    outside = {"guidance": 2.0, "guidance_interval": (9.0, 9.1)}  # t = 0.9: no evaluation of two steps lies there
+    same = likelihood(tiny, image, probes=3, generator=torch.Generator().manual_seed(0), **options, **outside)
+    assert torch.equal(same.bits_per_dim, found.bits_per_dim)
     # A code says something about its picture, guidance and noise change the law: none of the options is without effect.
     for change in (
         {"codes": -tiny.encode(image)},
@@ -115,6 +119,15 @@ def test_likelihood_of_the_model_is_that_of_its_decoder(tiny):
     ):
         other = likelihood(tiny, image, probes=3, generator=torch.Generator().manual_seed(0), **{**options, **change})
         assert float(other.bits_per_dim) != float(found.bits_per_dim)
+
+
+def test_dequantization_fills_the_width_of_a_level_around_it(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "log_density", lambda v, x, *rest: seen.append(x) or log_density(v, x, *rest))
+    likelihood(tiny, torch.zeros(1, 3, 32, 32), steps=1, generator=torch.Generator().manual_seed(0))
+    half = 1 / 255
+    assert -half <= float(seen[0].min()) < -0.99 * half and 0.99 * half < float(seen[0].max()) <= half
+    assert abs(float(seen[0].mean())) < 5 * 2 * half / 12**0.5 / 3072**0.5  # of a uniform law, five standard errors
 
 
 def tokens_of(image: Tensor, p: int) -> Tensor:
@@ -139,7 +152,9 @@ def test_the_command(tiny, tmp_path, capsys):
     assert command.main([*arguments, "--probes", "2"]) == 0
     out, err = capsys.readouterr()
     assert "coffee.png" in out and "rocket.png" in out and "over 2 pictures" in out and "0.0938 more" in out
-    assert "broken.png" in err
+    assert "broken.png" in err and out.count(" +- ") == 2 and "+- 0.0000" not in out
+    assert command.main([*arguments, "--probes", "2", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] != out.splitlines()[1:]
 
 
 def test_a_distilled_decoder_has_no_likelihood():
