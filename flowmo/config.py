@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from flowmo.errors import ConfigError
 from flowmo.generator_config import GeneratorConfig
@@ -441,9 +442,18 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def from_yaml(text: str) -> Config:
-    tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
-    return OmegaConf.to_object(tree)  # type: ignore[return-value]
+def from_yaml(text: str, source: str = "the saved configuration") -> Config:
+    """Inverse of :func:`to_yaml`.
+
+    Raises:
+        ConfigError: no YAML, or settings that this version does not know.
+    """
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+        return OmegaConf.to_object(tree)  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        said = " ".join(str(error).split("\n    full_key")[0].split())
+        raise ConfigError(f"{source} cannot be read: {said}; is it damaged, or of another version?") from error
 
 
 def known_keys(node: Any = Config, prefix: str = "") -> list[str]:

@@ -56,7 +56,7 @@ def report(run: Path) -> str:
     """
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{run}: no training run with config.yaml and metrics.jsonl; name a run folder")
-    config = from_yaml((run / "config.yaml").read_text())
+    config = from_yaml((run / "config.yaml").read_text(), str(run / "config.yaml"))
     records = list(_records(run / "metrics.jsonl"))
     if not records:
         raise FileNotFoundError(f"{run}: nothing is logged yet; trainer.log_every={config.trainer.log_every} steps")

@@ -46,7 +46,7 @@ def check(run: Path, config: Config) -> None:
     path = run / "config.yaml"
     if not path.exists() or not checkpoint.list_checkpoints(run):
         return
-    mine, saved = _flat(config), _flat(from_yaml(path.read_text()))
+    mine, saved = _flat(config), _flat(from_yaml(path.read_text(), str(path)))
     free = [k for k in FREE_KEYS if not (config.stage == "distill" and k in TEACHER_KEYS)]
     # "random" stands for another network, whose numbers do not compare
     free += [k for k in WEIGHT_FILES if "random" not in (mine[k], saved.get(k))]

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowmo.config import ConfigError, parse
-from flowmo.training import runfolder
+from flowmo.training import report, runfolder
 from flowmo.training.log import RunLog
 from flowmo.training.session import signals
 from flowmo.training.verdict import Told, Verdict
@@ -66,6 +66,15 @@ def test_the_rest_of_a_run_may_change(claimed):
     runfolder.check(claimed, config(claimed / "moved"))  # run= itself
     (claimed / "checkpoints" / "step_00000001.pt").unlink()
     runfolder.check(claimed, config(claimed, "data.batch=6"))  # nothing was trained: there is nothing to go on with
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [1", "expected ','"), ("trainer:\n  later: 1", "'later' not in")])
+def test_a_configuration_that_cannot_be_read_is_named(claimed, text, words):
+    (claimed / "config.yaml").write_text(text)
+    (claimed / "metrics.jsonl").write_text("{}\n")
+    for read in (lambda: runfolder.check(claimed, config(claimed)), lambda: report.report(claimed)):
+        with pytest.raises(ConfigError, match=rf"config\.yaml cannot be read: .*{words}.*another version\?$"):
+            read()
 
 
 @pytest.mark.parametrize("total", [1.0, math.nan, math.inf, -math.inf])
