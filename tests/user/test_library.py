@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import torch
 import flowmo
 from flowmo import FlowMo, model_config
 from flowmo.config import ConfigError, parse
-from flowmo.pretrained import CheckpointError, save_released, shipped_weights, weights_file
+from flowmo.pretrained import CheckpointError, read_config, save_released, shipped_weights, weights_file
+from flowmo.sampling import guided_steps, time_grid
 from flowmo.tiles import TileDecoder, encode_tiles, grid_for
 from flowmo.training.loop import Trainer
 
@@ -76,6 +79,34 @@ def test_tokens_of_any_integer_kind(tiny):
     expected = tiny.detokenize(tokens, steps=1, noise=noise)
     for dtype in (torch.int16, torch.int32, torch.uint16):
         assert torch.equal(tiny.detokenize(tokens.to(dtype), steps=1, noise=noise), expected)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"steps": 0},
+        {"steps": 10_001},
+        {"steps": True},
+        {"rho": 0.0},
+        {"rho": -1.0},
+        {"guidance": 1e999},
+        {"solver": "x"},
+    ],
+)
+def test_samplers_that_files_cannot_ask_for(tiny, tmp_path, sampler):
+    """A downloaded folder must not make a decode endless, nor fail in the middle of one."""
+    tiny.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "sampler": {"steps": 2, **sampler}}))
+    with pytest.raises(CheckpointError, match=r"config\.json: no model configuration"):
+        read_config(tmp_path / "config.json")
+
+
+def test_ends_of_the_guidance_interval_are_guided():
+    assert guided_steps([0.75, 0.5, 0.25, 0.0], 2.0, (1.0, 3.0)) == [True, True, False]  # t = s / (1 + s)
+    for rho in (math.inf, math.nan, 0.0):
+        with pytest.raises(ValueError, match="rho="):
+            time_grid(4, rho)
 
 
 def test_names_that_messages_mention_need_no_import_of_their_own(monkeypatch):
