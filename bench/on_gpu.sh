@@ -162,7 +162,8 @@ sanitize() {
 }
 SMALL_SHAPES="not long_codes and not launch_error"
 
-GPU_TESTS="tests/ops tests/cuda tests/engine tests/model/test_kernels.py tests/generator/test_sampler.py"
+GPU_TESTS="tests/ops tests/cuda tests/engine tests/model/test_kernels.py tests/generator/test_sampler.py tests/training/test_step.py"
+GPU_TESTS+=" tests/data/test_loader.py tests/user/test_tiles.py"
 # A test that breaks the card's context ends its process, and the next process goes on (tests/conftest.py).
 PROCESSES="--continue-on-collection-errors --max-worker-restart=20 --dist worksteal --durations=10 --timeout=120"
 [[ $REHEARSE == 1 ]] && PROCESSES="--collect-only -qq"
