@@ -223,6 +223,8 @@ def test_automatic_choice_by_generation_and_packages(
         is_cuda=True, shape=(1, 64, 2, 64), dtype=torch.bfloat16, device=torch.device("cuda:0"), numel=lambda: 8192
     )
     assert module._automatic(q, keys, gradient) == chosen
+    monkeypatch.setattr(module, "_failed", {chosen} - {"math"})
+    assert module._automatic(q, keys, gradient) != chosen or chosen == "math"
     q.numel = lambda: 0
     assert module._automatic(q, keys, gradient) == "math"
 
